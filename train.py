@@ -1,0 +1,429 @@
+"""Train the network of the sheet on MNIST and measure how well it removes noise (sheet, 5 and 6).
+
+    python train.py                             train, measure, write out/model.pt and out/metrics.json
+    python train.py --resume                    go on with the run in out/
+    python train.py --evaluate out/model.pt     measure again, without training
+    torchrun --nproc_per_node=2 train.py        the same training by two processes
+
+To be read from top to bottom: settings, data, files, training, evaluation.
+"""
+import argparse, copy, gzip, io, json, math, os, signal, sys, tempfile, time, zipfile, zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+
+from ddpm import DDPM, EmpiricalEps, GaussianEps, linear_beta
+from unet import UNet
+
+# Settings
+
+def number(kind, low, high):
+    """An argparse type: a number of that kind in [low, high]; NaN is in no range."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {kind.__name__} from {low:g} to {high:g}, got {text!r}")
+        return value
+    return parse
+
+
+SETTINGS = {  # what defines a run, and is saved with it: (type, default, help)
+    "steps": (number(int, 1, 10**8), 3600, "gradient steps"),
+    "batch_size": (number(int, 1, 10**5), 64, "digits in a step, over all processes"),
+    "lr": (number(float, 1e-8, 1), 8e-3, "highest learning rate"),
+    "timesteps": (number(int, 1, 10**5), 200, "T, the steps of the forward process"),
+    "channels": (number(int, 4, 4096), [16, 32, 64], "widths of the UNet, from full resolution down; multiples of 4"),
+    "data": (str, str(Path(__file__).parent / "mnist"), "folder with the four files of MNIST, or others like them"),
+    "seed": (number(int, 0, 2**32 - 1), 0, "seed of everything random"),
+}
+LOG_EVERY = 20  # steps between two looks at the loss: each look waits for the GPU
+TIMES = (0.05, 0.125, 0.25, 0.5, 0.75, 1)  # where denoising is measured, as fractions of T
+DIGITS = 200  # test digits for each of these times, and digits for each way to generate
+SHOWN = 16  # of these, how many are kept as pictures
+
+
+def parse_flags():
+    """The command line as a dict; flags that were not given are absent, so that --resume knows."""
+    parser = argparse.ArgumentParser(description="Train the UNet on MNIST and measure how well it removes noise.",
+                                     argument_default=argparse.SUPPRESS)
+    for name, (kind, default, text) in SETTINGS.items():
+        many = isinstance(default, list)
+        shown = " ".join(map(str, default)) if many else Path(default).name if name == "data" else default
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs="+" if many else None,
+                            metavar="N" if kind is not str else "DIR", help=f"{text} (default: {shown})")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for model.pt and metrics.json (default: out)")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
+    parser.add_argument("--save-every", type=number(int, 1, 10**8), metavar="N",
+                        help="steps between two checkpoints (default: 500)")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    action.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    action.add_argument("--evaluate", type=Path, metavar="FILE", help="only measure this checkpoint")
+    return vars(parser.parse_args())
+
+
+def pick_device(name=None):
+    """The torch.device called name, or the best there is; ValueError if this machine lacks it."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(d for d in there if there[d])
+    if not there[name]:
+        raise ValueError(f"--device {name}: this machine or this build of torch has none, try --device cpu")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def generator(*key):
+    """A random generator whose numbers depend on the key alone.
+
+    Step k of process r draws from generator(seed, k, r): a resumed run needs no saved state to go on
+    with the same numbers. Steps count from 1; step 0 is the evaluation, so its noise is never trained on.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+# Data
+
+def read_idx(path, dims):
+    """The bytes in a gzipped IDX file as a uint8 array with that many dimensions; ValueError if it is not one."""
+    try:
+        with gzip.open(path) as file:
+            magic, *shape = np.frombuffer(file.read(4 + 4 * dims), ">u4").tolist() or [None]
+            size, content = math.prod(shape), bytearray()
+            if magic != 0x800 + dims or len(shape) != dims or not 0 < size <= 2**30:
+                raise ValueError(f"{path} is no IDX file of bytes in {dims} dimensions, or an empty or huge one")
+            while len(content) <= size and (piece := file.read(2**20)):  # the header may lie about the size
+                content += piece
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: --data must name a folder with the four files of MNIST") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} can't be read ({error}): is it whole? copy it again") from None
+    if len(content) != size:
+        raise ValueError(f"{path} does not hold the {size} bytes that its header promises: copy it again")
+    return torch.frombuffer(content, dtype=torch.uint8).reshape(shape)
+
+
+def load_mnist(folder):
+    """Train images (N, 1, H, W) uint8, train labels (N,), test images, test labels; ValueError if they don't fit."""
+    arrays = []
+    for split in "train", "t10k":
+        arrays += [read_idx(Path(folder) / f"{split}-images-idx3-ubyte.gz", 3)[:, None],
+                   read_idx(Path(folder) / f"{split}-labels-idx1-ubyte.gz", 1).long()]
+    if [len(a) for a in arrays[::2]] != [len(a) for a in arrays[1::2]] or arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise ValueError(f"{folder}: there must be a label for each image, and one size of image, got shapes "
+                         + ", ".join(str(tuple(a.shape)) for a in arrays))
+    return arrays
+
+
+def to_pixels(images):
+    """uint8 0..255 to float -1..1."""
+    return images.float() / 127.5 - 1
+
+
+# Files
+
+def write_file(path, content):
+    """Write bytes beside path and rename: whatever happens, path is the old file or the new one, whole."""
+    beside = Path(f"{path}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error.strerror}); what was there before is whole") from None
+
+
+def to_bytes(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def read_checkpoint(path):
+    """What train() saved, as a dict, and its average of the weights as a "network"; ValueError if it is not that.
+
+    Nothing in the file is executed, its settings pass the checks of the flags, and its checksums are compared,
+    which torch.load leaves out.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} has a wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, (parse, default, _) in SETTINGS.items():
+            value = state["settings"][name]
+            state["settings"][name] = [parse(v) for v in value] if isinstance(default, list) else parse(value)
+        with torch.device("meta"):  # takes no memory: are the shapes those of this network?
+            network = UNet(channels=state["settings"]["channels"])
+        network.load_state_dict(state["average"], assign=True)
+        if not all(p.dtype == torch.float32 and p.isfinite().all() for p in network.parameters()):
+            raise ValueError("the weights are not finite float32 numbers")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: python train.py makes one") from None
+    except Exception as error:  # damaged bytes can make torch.load raise almost anything
+        raise ValueError(f"{path} is no whole checkpoint of train.py ({str(error).splitlines()[0][:99] if str(error) else type(error).__name__}): "
+                         "train again or name another") from None
+    return state | {"network": network.eval().requires_grad_(False)}
+
+
+def load_checkpoint(path):
+    """(model, ddpm): the network that was measured, in eval mode on the CPU, and the process it was trained for.
+
+    The weights are the average over the last steps. ValueError if the file is not a whole checkpoint.
+    """
+    state = read_checkpoint(path)
+    return state["network"], DDPM(linear_beta(state["settings"]["timesteps"]))
+
+
+# Training
+
+def make_optimizers(model, lr):
+    """Muon for the 3x3 kernels between the first layer and the last, AdamW for everything else.
+
+    Muon (Jordan et al. 2024) turns the average gradient of a matrix into the nearest orthogonal one, so
+    that all directions learn at the same speed. It wants matrices: it is given views of the kernels, as
+    (out, 9 in) in the order in which channels_last keeps them, and of their gradients.
+    Returns (optimizers, step): step() takes one step with all of them.
+    """
+    kernels = [p for p in model.parameters() if p.dim() == 4 and p.shape[-1] == 3 and min(p.shape[:2]) > 3]
+    others = [p for p in model.parameters() if all(p is not k for k in kernels)]
+    matrices = [k.detach().permute(0, 2, 3, 1).view(len(k), -1) for k in kernels]
+    optimizers = [torch.optim.Muon(matrices, lr, weight_decay=0, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0)]
+
+    def step():
+        for matrix, kernel in zip(matrices, kernels):
+            matrix.grad = kernel.grad.permute(0, 2, 3, 1).reshape(matrix.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+    return optimizers, step
+
+
+def batch_loss(network, ddpm, images, settings, step, device, rank=0, world=1):
+    """The loss (8) of this process's part of the batch of one step: its own digits, times and noise."""
+    random = generator(settings["seed"], step, rank)
+    chosen = torch.randint(len(images), (settings["batch_size"] // world,), generator=random)
+    x_0 = to_pixels(images[chosen].to(device, non_blocking=True))
+    return ddpm.loss(network, x_0, random)
+
+
+def train(settings, images, device, save, state=None, save_every=500, rank=0, world=1):
+    """Train from the start, or from a saved state; call save(state) every save_every steps and at the end.
+
+    images: uint8 (N, 1, H, W). Raises ValueError when the loss or the gradient is no longer finite, and
+    KeyboardInterrupt, after a save, on Ctrl-C.
+    """
+    steps, terminal = settings["steps"], sys.stdout.isatty()
+    torch.manual_seed(settings["seed"])
+    model = UNet(channels=settings["channels"]).to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(model).requires_grad_(False)
+    ddpm = DDPM(linear_beta(settings["timesteps"]))
+    sums, history, done = torch.zeros(2, device=device), [], 0  # sums of the loss and of the norm of the gradient
+    optimizers, optimizer_step = make_optimizers(model, settings["lr"])
+    if state:
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        sums, history, done = state["sums"].to(device), state["history"], state["step"]
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+    network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    interrupted = []  # Ctrl-C waits for the end of the step; the other processes leave it to the first
+    signal.signal(signal.SIGINT, signal.SIG_IGN if rank else lambda *_: interrupted.append(True))
+    start = shown = time.perf_counter()
+    for step in range(done + 1, steps + 1):
+        # Up over the first 100 steps, or tenth of the run, then down to 0 along a cosine.
+        lr = settings["lr"] * min(1, step / min(100, steps / 10)) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+        loss = batch_loss(network, ddpm, images, settings, step, device, rank, world)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer_step()
+        # Averages the last tenth of the steps so far, at most a thirtieth of the run.
+        with torch.no_grad():
+            weight = 1 / max(1, min(step / 10, steps / 30))
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+        sums += torch.stack([loss.detach(), norm])
+
+        look = step % LOG_EVERY == 0 or step == steps
+        keep = step % save_every == 0 or step == steps or interrupted
+        if (look or keep) and not sums.isfinite().all():
+            raise ValueError(f"the loss or its gradient stopped being finite by step {step}: try a smaller --lr; "
+                             "the last checkpoint is as it was")
+        if look:
+            history.append([step, sums[0].item() / (step % LOG_EVERY or LOG_EVERY)])
+            sums.zero_()
+            now = time.perf_counter()
+            if not rank and (terminal or now > shown + 5 or step == steps):
+                shown, speed = now, (step - done) / (now - start)
+                print(f"step {step}/{steps}  loss {history[-1][1]:.4f}  {speed * settings['batch_size']:.0f} images/s  "
+                      f"{(steps - step) / speed:.0f} s left  ", end="\r" if terminal else "\n", flush=True)
+        if keep:
+            save({"settings": settings, "step": step, "model": model.state_dict(), "average": average.state_dict(),
+                  "optimizers": [o.state_dict() for o in optimizers], "sums": sums, "history": history})
+        if interrupted:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Evaluation
+
+def train_classifier(x, labels, seed):
+    """A small network that reads digits, trained in seconds; classifier[:-1](x) are the 32 features it decides by."""
+    torch.manual_seed(seed)
+    classifier = nn.Sequential(
+        nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, int(labels.max()) + 1))
+    batches = torch.randperm(len(x)).split(100)
+    optimizer = torch.optim.AdamW(classifier.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=len(batches) + 1)
+    for batch in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(x[batch]), labels[batch]).backward()
+        optimizer.step()
+        schedule.step()
+    return classifier.requires_grad_(False)
+
+
+def frechet_distance(a, b):
+    """|m_a - m_b|² + tr(C_a + C_b - 2 √(C_a C_b)) between Gaussians with the moments of two sets of features (N, D)."""
+    (m_a, c_a), (m_b, c_b) = [(f.double().mean(0), f.double().T.cov()) for f in (a, b)]
+    root = torch.linalg.eigvals(c_a @ c_b).real.clamp(min=0).sqrt().sum()
+    return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * root).item()
+
+
+def mean_and_error(values):
+    """[mean, standard error of the mean] of independent numbers."""
+    return [values.mean().item(), (values.std() / len(values) ** 0.5).item()]
+
+
+def evaluate(network, ddpm, data, seed):
+    """How well noise is removed from test digits: (metrics, pictures), two dicts.
+
+    network: called like the UNet, on the CPU. data: what load_mnist returns. Every method gets the same
+    noisy digits: "noisy" does nothing (ε = 0), "linear" is the best linear denoiser, "memory" the best that
+    knows the training digits by heart, "network" one shot (x̂_0), "reverse" the reverse process (2).
+    """
+    random = generator(seed, 0)
+    train_x, test_x, (_, train_labels, _, test_labels) = to_pixels(data[0]), to_pixels(data[2]), data
+    classifier = train_classifier(train_x, train_labels, seed)
+    linear = GaussianEps(ddpm, train_x.mean(0), train_x.flatten(1).T.cov())
+    methods = {"noisy": lambda x_t, t: torch.zeros_like(x_t), "linear": linear,
+               "memory": EmpiricalEps(ddpm, train_x), "network": network}
+
+    def noisy(x_0, t):
+        eps = torch.randn(x_0.shape, generator=random)
+        return ddpm.q_sample(x_0, t, eps), eps
+
+    def reverse(x_t, t=None):
+        return list(ddpm.p_sample(network, x_t, t, generator=random))[-1][1]
+
+    t = 1 + torch.arange(len(test_x)) % ddpm.T
+    x_t, eps = noisy(test_x, t)
+    losses = {name: (model(x_t, t) - eps).square().flatten(1).mean(1) for name, model in methods.items()}
+    bins = [b for b in ((t - 1) * 20 // ddpm.T == i for i in range(20)) if b.any()]
+    loss_by_t = {"t": [t[b].float().mean().item() for b in bins]}
+    loss_by_t |= {name: [loss[b].mean().item() for b in bins] for name, loss in losses.items()}
+
+    chosen = slice(None, None, max(1, len(test_x) // DIGITS))
+    x_0, labels = test_x[chosen], test_labels[chosen]
+    times = sorted({max(1, round(f * ddpm.T)) for f in TIMES})
+    psnr, accuracy, pictures = {}, {}, {"clean": x_0[:SHOWN]}
+    for t in times:
+        x_t, _ = noisy(x_0, t)
+        steps = torch.full((len(x_t),), t)
+        estimates = {name: ddpm.predict_x0(x_t, model(x_t, steps), t) for name, model in methods.items()}
+        for name, x in (estimates | {"reverse": reverse(x_t, t)}).items():
+            psnr.setdefault(name, []).append(mean_and_error(10 * (4 / (x - x_0).square().flatten(1).mean(1)).log10()))
+            accuracy.setdefault(name, []).append((classifier(x).argmax(1) == labels).float().mean().item())
+            pictures.setdefault(name, []).append(x[:SHOWN])
+
+    # Generation: what N(0, I) is to the network, and a Gaussian with the mean and covariance that x_T really has.
+    digits = train_x[:len(x_0)]
+    gaussian = torch.randn(len(digits), linear.mean.numel(), generator=random) * linear.variances.clamp(min=0).sqrt()
+    gaussian = (linear.mean + gaussian @ linear.axes.T).float().reshape(digits.shape)
+    starts = {"N(0, I)": torch.randn(digits.shape, generator=random), "matched Gaussian": noisy(gaussian, ddpm.T)[0],
+              "noised digits": noisy(digits, ddpm.T)[0]}
+    half = len(test_x) // 2
+    made = {"real digits": test_x[:half][:len(digits)]} | {name: reverse(x_T) for name, x_T in starts.items()}
+    distances = {name: frechet_distance(classifier[:-1](x), classifier[:-1](test_x[half:])) for name, x in made.items()}
+    a, norms = ddpm.alpha_bar[-1].item(), test_x.square().flatten(1).sum(1)
+    metrics = {
+        "test_loss": {name: mean_and_error(loss) for name, loss in losses.items()}, "loss_by_t": loss_by_t,
+        "denoising": {"digits": len(x_0), "t": times, "psnr": psnr, "accuracy": accuracy,
+                      "accuracy_clean": (classifier(x_0).argmax(1) == labels).float().mean().item()},
+        "generation": {"digits": len(digits), "frechet": distances,  # nats: KL(q(x_T | x_0) ‖ N(0, I))
+                       "nats": (linear.mean.numel() * (-a - math.log(1 - a)) + a * norms.mean().item()) / 2}}
+    return metrics, pictures | {"generated": {name: x[:SHOWN] for name, x in made.items()}}
+
+
+def print_table(metrics):
+    loss, d, g = metrics["test_loss"], metrics["denoising"], metrics["generation"]
+    print(f"\n{d['digits']} test digits: PSNR of x_0 in dB ± standard error, and how many are read rightly "
+          f"by a small classifier ({d['accuracy_clean']:.0%} when clean)")
+    print("   t" + "".join(f"{name:>20}" for name in d["psnr"]))
+    for i, t in enumerate(d["t"]):
+        cells = [(*d["psnr"][name][i], d["accuracy"][name][i]) for name in d["psnr"]]
+        print(f"{t:4d}" + "".join(f"{mean:9.2f} ±{error:.2f} {right:5.0%}" for mean, error, right in cells))
+    print("loss" + "".join(f"{mean:12.4f} ±{error:.4f}" for mean, error in loss.values()) + "    test loss (8)")
+    print(f"Fréchet distance to real digits of {g['digits']}, generated from "
+          + ", ".join(f"{name}: {value:.1f}" for name, value in g["frechet"].items()))
+
+
+def main():
+    given = parse_flags()
+    device, only = pick_device(given.get("device")), given.get("evaluate")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out = given.get("out", only.parent if only else Path("out"))
+    file = only or out / "model.pt"
+    state = read_checkpoint(file) if only or "resume" in given else None
+    saved = state["settings"] if state else {name: default for name, (_, default, _) in SETTINGS.items()}
+    settings = saved | {name: given[name] for name in SETTINGS if name in given}
+    changed = [name for name in settings if settings[name] != saved[name] and name != "data"]
+    if "resume" in given and changed:
+        raise ValueError(f"--resume goes on with the settings in {file}: leave out --{changed[0].replace('_', '-')}")
+    if not state and "overwrite" not in given and file.exists():
+        raise ValueError(f"{file} holds a run: add --resume to go on, --overwrite to replace it, or take another --out")
+    if settings["batch_size"] % world:
+        raise ValueError(f"--batch-size {settings['batch_size']} must be a multiple of the {world} processes")
+    data = load_mnist(settings["data"])
+    UNet(channels=settings["channels"])(to_pixels(data[0][:1]), torch.ones(1))  # do widths and image size fit?
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # a folder that can't be written to is better known now
+
+    if not only:
+        if world > 1:
+            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        save = (lambda state: None) if rank else lambda state: write_file(file, to_bytes(state))
+        train(settings, data[0], device, save, state, given.get("save_every", 500), rank, world)
+    if rank == 0:
+        state = read_checkpoint(file)
+        model = state["network"].to(device, memory_format=torch.channels_last)
+
+        def network(x_t, t):  # a thousand digits at once would be slower
+            return torch.cat([model(x.to(device), s.to(device)).cpu() for x, s in zip(x_t.split(100), t.split(100))])
+        metrics, pictures = evaluate(network, DDPM(linear_beta(settings["timesteps"])), data, settings["seed"])
+        about = {"settings": {name: settings[name] for name in settings if name != "data"}, "history": state["history"],
+                 "parameters": sum(p.numel() for p in model.parameters())}
+        write_file(out / "metrics.json", json.dumps(about | metrics, indent=1).encode())
+        write_file(out / "pictures.pt", to_bytes(pictures))
+        print_table(metrics)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; what was saved is whole, and the same command with --resume goes on", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        sys.exit(f"train.py: {error}")
