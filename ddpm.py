@@ -50,7 +50,7 @@ class DDPM:
     """
 
     def __init__(self, beta):
-        self.beta = torch.as_tensor(beta, dtype=torch.float64)
+        self.beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu")
         if self.beta.dim() != 1 or len(self.beta) < 2:
             raise ValueError(f"beta must be T+1 ≥ 2 numbers β_0..β_T, got shape {tuple(self.beta.shape)}")
         self.T = len(self.beta) - 1
@@ -58,7 +58,7 @@ class DDPM:
         if not ((0 < self.alpha[1:]) & (self.alpha[1:] < 1)).all():
             raise ValueError("every β_t with t ≥ 1 must lie in (0, 1), got values from "
                              f"{self.beta[1:].min():.3g} to {self.beta[1:].max():.3g}")
-        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha[1:].cumprod(0)])
+        self.alpha_bar = torch.cat([self.alpha.new_ones(1), self.alpha[1:]]).cumprod(0)
 
     # 1. Forward process
 
@@ -114,7 +114,7 @@ class DDPM:
         B = len(x_0)
         device = "cpu" if generator is None else generator.device
         offset = torch.randint(self.T, (1,), generator=generator, device=device)
-        t = 1 + (torch.arange(B, device=device) * self.T // B + offset) % self.T
+        t = self._check(1 + (torch.arange(B, device=device) * self.T // B + offset) % self.T, x_0)
         eps = randn_like(x_0, generator)
         return (eps - self._eps(model, self.q_sample(x_0, t, eps), t)).square().mean()
 
@@ -128,8 +128,7 @@ class DDPM:
         legitimate (Ho et al. 2020, §3.2; no noise in the last step: Algorithm 2). No gradients.
         """
         t = self._check(t, x_t)
-        if variance not in ("beta", "posterior"):
-            raise ValueError(f'variance must be "beta" or "posterior", got {variance!r}')
+        self._check_variance(variance)
         sigma = (self.beta[t] if variance == "beta" else self.posterior_variance(t)).sqrt() * (t > 1)
         mean = self.mean_from_eps(x_t, self._eps(model, x_t, t), t)
         return mean + per_sample(sigma, x_t) * randn_like(x_t, generator)
@@ -141,7 +140,10 @@ class DDPM:
         s = t-1, ..., 0; the last one is x_0. Arguments as in p_step.
         """
         t = self.T if t is None else t
+        if self._check(t).dim():
+            raise ValueError(f"p_sample takes one int as the t of all samples, got {len(t)} of them")
         self._check(t, x_t)
+        self._check_variance(variance)
 
         def path(x):
             for s in range(t, 0, -1):
@@ -163,7 +165,11 @@ class DDPM:
                              f"{tuple(t.shape)}" + ("" if x is None else f" for B = {len(x)}"))
         if ((t < 1) | (t > self.T)).any():
             raise ValueError(f"t must be in 1..{self.T}, got {t.tolist()}")
-        return t if x is None or t.dim() else t.expand(len(x))
+        return t if x is None else t.expand(len(x))
+
+    def _check_variance(self, variance):
+        if variance not in ("beta", "posterior"):
+            raise ValueError(f'variance must be "beta" or "posterior", got {variance!r}')
 
     def _eps(self, model, x_t, t):
         """ε_θ(x_t, t), of the shape of x_t: another shape would broadcast in silence."""
@@ -191,11 +197,16 @@ class GaussianEps:
     def __init__(self, ddpm, mean, cov):
         if cov.shape != (mean.numel(), mean.numel()):
             raise ValueError(f"cov must be {mean.numel()} x {mean.numel()} for this mean, got {tuple(cov.shape)}")
-        self.ddpm, self.mean = ddpm, mean.double().flatten()
+        self.ddpm, self.mean = ddpm, mean.flatten()
         self.variances, self.axes = torch.linalg.eigh(cov.double())
 
+    def sample(self, n, generator=None):
+        """n draws from N(m, C), shape (n, D), float64: m + U √λ z."""
+        z = randn_like(self.mean.expand(n, -1), generator)
+        return self.mean + z * self.variances.clamp(min=0).sqrt() @ self.axes.T
+
     def __call__(self, x_t, t):
-        x = x_t.double().flatten(1)
+        x = x_t.double().reshape(len(x_t), -1)
         alpha_bar = per_sample(self.ddpm.alpha_bar[t.cpu()], x)
         x = (x - alpha_bar.sqrt() * self.mean) @ self.axes
         x = (1 - alpha_bar).sqrt() * x / (alpha_bar * self.variances + 1 - alpha_bar)
@@ -213,14 +224,15 @@ class EmpiricalEps:
     """
 
     def __init__(self, ddpm, points, chunk=100):
-        self.ddpm, self.points, self.chunk = ddpm, points.flatten(1), chunk
+        self.ddpm, self.points, self.chunk = ddpm, points.reshape(len(points), -1), chunk
         self.half_norms = self.points.square().sum(1) / 2
 
     def __call__(self, x_t, t):
         return torch.cat([self._eps(x, s) for x, s in zip(x_t.split(self.chunk), t.split(self.chunk))])
 
     def _eps(self, x_t, t):
-        x, alpha_bar = x_t.flatten(1), self.ddpm.alpha_bar[t.cpu()]
+        x, alpha_bar = x_t.reshape(len(x_t), -1), self.ddpm.alpha_bar[t.cpu()]
         signal, noise = per_sample(alpha_bar.sqrt(), x), per_sample((1 - alpha_bar).sqrt(), x)
-        weights = ((signal * x @ self.points.T - signal**2 * self.half_norms) / noise**2).softmax(1)
+        snr = (signal / noise)**2
+        weights = ((snr / signal * x) @ self.points.T - snr * self.half_norms).softmax(1)
         return ((x - signal * (weights @ self.points)) / noise).reshape(x_t.shape)

@@ -4,8 +4,6 @@
     python train.py --resume                    go on with the run in out/
     python train.py --evaluate out/model.pt     measure again, without training
     torchrun --nproc_per_node=2 train.py        the same training by two processes
-
-To be read from top to bottom: settings, data, files, training, evaluation.
 """
 import argparse, copy, gzip, io, json, math, os, signal, sys, tempfile, time, zipfile, zlib
 from pathlib import Path
@@ -18,18 +16,16 @@ from torch.nn import functional as F
 from ddpm import DDPM, EmpiricalEps, GaussianEps, linear_beta
 from unet import UNet
 
-# Settings
 
+# Settings
 def number(kind, low, high):
     """An argparse type: a number of that kind in [low, high]; NaN is in no range."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be {kind.__name__} from {low:g} to {high:g}, got {text!r}")
         return value
+    parse.__name__ = kind.__name__
     return parse
 
 
@@ -39,28 +35,25 @@ SETTINGS = {  # what defines a run, and is saved with it: (type, default, help)
     "lr": (number(float, 1e-8, 1), 8e-3, "highest learning rate"),
     "timesteps": (number(int, 1, 10**5), 200, "T, the steps of the forward process"),
     "channels": (number(int, 4, 4096), [16, 32, 64], "widths of the UNet, from full resolution down; multiples of 4"),
-    "data": (str, str(Path(__file__).parent / "mnist"), "folder with the four files of MNIST, or others like them"),
+    "data": (str, str(Path(__file__).parent / "mnist"), "folder with the four files of MNIST, or of others like it"),
     "seed": (number(int, 0, 2**32 - 1), 0, "seed of everything random"),
 }
 LOG_EVERY = 20  # steps between two looks at the loss: each look waits for the GPU
 TIMES = (0.05, 0.125, 0.25, 0.5, 0.75, 1)  # where denoising is measured, as fractions of T
-DIGITS = 200  # test digits for each of these times, and digits for each way to generate
+DIGITS = 150  # test digits for each of these times, and digits for each way to generate
 SHOWN = 16  # of these, how many are kept as pictures
 
 
 def parse_flags():
     """The command line as a dict; flags that were not given are absent, so that --resume knows."""
-    parser = argparse.ArgumentParser(description="Train the UNet on MNIST and measure how well it removes noise.",
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     for name, (kind, default, text) in SETTINGS.items():
-        many = isinstance(default, list)
-        shown = " ".join(map(str, default)) if many else Path(default).name if name == "data" else default
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs="+" if many else None,
-                            metavar="N" if kind is not str else "DIR", help=f"{text} (default: {shown})")
+        shown = " ".join(map(str, default)) if name == "channels" else default
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs="+" if name == "channels" else None,
+                            metavar="DIR" if name == "data" else "N", help=f"{text} (default: {shown})")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for model.pt and metrics.json (default: out)")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
-    parser.add_argument("--save-every", type=number(int, 1, 10**8), metavar="N",
-                        help="steps between two checkpoints (default: 500)")
+    parser.add_argument("--save-every", type=number(int, 1, 10**8), metavar="N", help="in steps (default: 500)")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--resume", action="store_true", help="go on with the run in --out")
     action.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -87,7 +80,6 @@ def generator(*key):
 
 
 # Data
-
 def read_idx(path, dims):
     """The bytes in a gzipped IDX file as a uint8 array with that many dimensions; ValueError if it is not one."""
     try:
@@ -98,10 +90,8 @@ def read_idx(path, dims):
                 raise ValueError(f"{path} is no IDX file of bytes in {dims} dimensions, or an empty or huge one")
             while len(content) <= size and (piece := file.read(2**20)):  # the header may lie about the size
                 content += piece
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: --data must name a folder with the four files of MNIST") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} can't be read ({error}): is it whole? copy it again") from None
+        raise ValueError(f"{path} can't be read ({error}): --data must name a folder with the four files of MNIST") from None
     if len(content) != size:
         raise ValueError(f"{path} does not hold the {size} bytes that its header promises: copy it again")
     return torch.frombuffer(content, dtype=torch.uint8).reshape(shape)
@@ -125,25 +115,19 @@ def to_pixels(images):
 
 
 # Files
-
-def write_file(path, content):
-    """Write bytes beside path and rename: whatever happens, path is the old file or the new one, whole."""
-    beside = Path(f"{path}.tmp")
+def write_file(path, save):
+    """Let save(file) write beside path, and rename: whatever happens, path is the old file or the new one, whole."""
+    buffer, beside = io.BytesIO(), Path(f"{path}.tmp")
+    save(buffer)
     try:
         with open(beside, "wb") as file:
-            file.write(content)
+            file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error.strerror}); what was there before is whole") from None
-
-
-def to_bytes(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 
 def read_checkpoint(path):
@@ -157,6 +141,8 @@ def read_checkpoint(path):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} has a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"step", "model", "average", "optimizers", "sums", "history"} - state.keys():
+            raise ValueError(f"it lacks {sorted(missing)}")
         for name, (parse, default, _) in SETTINGS.items():
             value = state["settings"][name]
             state["settings"][name] = [parse(v) for v in value] if isinstance(default, list) else parse(value)
@@ -165,46 +151,32 @@ def read_checkpoint(path):
         network.load_state_dict(state["average"], assign=True)
         if not all(p.dtype == torch.float32 and p.isfinite().all() for p in network.parameters()):
             raise ValueError("the weights are not finite float32 numbers")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: python train.py makes one") from None
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
-        raise ValueError(f"{path} is no whole checkpoint of train.py ({str(error).splitlines()[0][:99] if str(error) else type(error).__name__}): "
-                         "train again or name another") from None
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:120]
+        raise ValueError(f"{path} is no whole checkpoint of train.py ({reason}): name another or train again") from None
     return state | {"network": network.eval().requires_grad_(False)}
 
 
 def load_checkpoint(path):
-    """(model, ddpm): the network that was measured, in eval mode on the CPU, and the process it was trained for.
-
-    The weights are the average over the last steps. ValueError if the file is not a whole checkpoint.
-    """
+    """(model, ddpm): the network that was measured, in eval mode, and its process; ValueError if path holds none."""
     state = read_checkpoint(path)
     return state["network"], DDPM(linear_beta(state["settings"]["timesteps"]))
 
 
 # Training
-
 def make_optimizers(model, lr):
     """Muon for the 3x3 kernels between the first layer and the last, AdamW for everything else.
 
-    Muon (Jordan et al. 2024) turns the average gradient of a matrix into the nearest orthogonal one, so
-    that all directions learn at the same speed. It wants matrices: it is given views of the kernels, as
-    (out, 9 in) in the order in which channels_last keeps them, and of their gradients.
-    Returns (optimizers, step): step() takes one step with all of them.
+    Muon (Jordan et al. 2024) steps along the orthogonal matrix nearest to the mean gradient of a matrix, so that
+    all its directions are learned at one speed. It is given the kernels as matrices (out, 9 in): views, in the
+    order in which channels_last keeps them. Returns (optimizers, [(kernel, matrix), ...]).
     """
     kernels = [p for p in model.parameters() if p.dim() == 4 and p.shape[-1] == 3 and min(p.shape[:2]) > 3]
-    others = [p for p in model.parameters() if all(p is not k for k in kernels)]
     matrices = [k.detach().permute(0, 2, 3, 1).view(len(k), -1) for k in kernels]
-    optimizers = [torch.optim.Muon(matrices, lr, weight_decay=0, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0)]
-
-    def step():
-        for matrix, kernel in zip(matrices, kernels):
-            matrix.grad = kernel.grad.permute(0, 2, 3, 1).reshape(matrix.shape)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-    return optimizers, step
+    others = [p for p in model.parameters() if all(p is not k for k in kernels)]
+    muon = torch.optim.Muon(matrices, lr, weight_decay=0, ns_steps=3, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0)
+    return [muon, adamw], list(zip(kernels, matrices))
 
 
 def batch_loss(network, ddpm, images, settings, step, device, rank=0, world=1):
@@ -218,16 +190,15 @@ def batch_loss(network, ddpm, images, settings, step, device, rank=0, world=1):
 def train(settings, images, device, save, state=None, save_every=500, rank=0, world=1):
     """Train from the start, or from a saved state; call save(state) every save_every steps and at the end.
 
-    images: uint8 (N, 1, H, W). Raises ValueError when the loss or the gradient is no longer finite, and
-    KeyboardInterrupt, after a save, on Ctrl-C.
+    Raises ValueError when the loss or its gradient is no longer finite; KeyboardInterrupt, after a save, on Ctrl-C.
     """
-    steps, terminal = settings["steps"], sys.stdout.isatty()
     torch.manual_seed(settings["seed"])
+    steps, terminal = settings["steps"], sys.stdout.isatty()
     model = UNet(channels=settings["channels"]).to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     ddpm = DDPM(linear_beta(settings["timesteps"]))
     sums, history, done = torch.zeros(2, device=device), [], 0  # sums of the loss and of the norm of the gradient
-    optimizers, optimizer_step = make_optimizers(model, settings["lr"])
+    optimizers, views = make_optimizers(model, settings["lr"])
     if state:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
@@ -240,22 +211,24 @@ def train(settings, images, device, save, state=None, save_every=500, rank=0, wo
     signal.signal(signal.SIGINT, signal.SIG_IGN if rank else lambda *_: interrupted.append(True))
     start = shown = time.perf_counter()
     for step in range(done + 1, steps + 1):
+        loss = batch_loss(network, ddpm, images, settings, step, device, rank, world)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for kernel, matrix in views:
+            matrix.grad = kernel.grad.permute(0, 2, 3, 1).reshape(matrix.shape)
         # Up over the first 100 steps, or tenth of the run, then down to 0 along a cosine.
         lr = settings["lr"] * min(1, step / min(100, steps / 10)) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr
-        loss = batch_loss(network, ddpm, images, settings, step, device, rank, world)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer_step()
+            optimizer.step()
+        model.zero_grad()
         # Averages the last tenth of the steps so far, at most a thirtieth of the run.
         with torch.no_grad():
             weight = 1 / max(1, min(step / 10, steps / 30))
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
         sums += torch.stack([loss.detach(), norm])
 
-        look = step % LOG_EVERY == 0 or step == steps
-        keep = step % save_every == 0 or step == steps or interrupted
+        look, keep = step % LOG_EVERY == 0 or step == steps, step % save_every == 0 or step == steps or interrupted
         if (look or keep) and not sums.isfinite().all():
             raise ValueError(f"the loss or its gradient stopped being finite by step {step}: try a smaller --lr; "
                              "the last checkpoint is as it was")
@@ -276,7 +249,6 @@ def train(settings, images, device, save, state=None, save_every=500, rank=0, wo
 
 
 # Evaluation
-
 def train_classifier(x, labels, seed):
     """A small network that reads digits, trained in seconds; classifier[:-1](x) are the 32 features it decides by."""
     torch.manual_seed(seed)
@@ -309,9 +281,9 @@ def mean_and_error(values):
 def evaluate(network, ddpm, data, seed):
     """How well noise is removed from test digits: (metrics, pictures), two dicts.
 
-    network: called like the UNet, on the CPU. data: what load_mnist returns. Every method gets the same
-    noisy digits: "noisy" does nothing (ε = 0), "linear" is the best linear denoiser, "memory" the best that
-    knows the training digits by heart, "network" one shot (x̂_0), "reverse" the reverse process (2).
+    network: called like the UNet, on the CPU; data: from load_mnist. From the same noisy digits, "noisy" does nothing
+    (ε = 0), "linear" is the best linear denoiser, "memory" the best that knows the training digits by heart,
+    "network" is x̂_0 in one shot, "reverse" the end of the reverse process (2).
     """
     random = generator(seed, 0)
     train_x, test_x, (_, train_labels, _, test_labels) = to_pixels(data[0]), to_pixels(data[2]), data
@@ -327,12 +299,15 @@ def evaluate(network, ddpm, data, seed):
     def reverse(x_t, t=None):
         return list(ddpm.p_sample(network, x_t, t, generator=random))[-1][1]
 
-    t = 1 + torch.arange(len(test_x)) % ddpm.T
-    x_t, eps = noisy(test_x, t)
+    def read_rightly(x):
+        return (classifier(x).argmax(1) == labels).float().mean().item()
+
+    x_0 = test_x[::2]
+    t = 1 + torch.arange(len(x_0)) % ddpm.T
+    x_t, eps = noisy(x_0, t)
     losses = {name: (model(x_t, t) - eps).square().flatten(1).mean(1) for name, model in methods.items()}
     bins = [b for b in ((t - 1) * 20 // ddpm.T == i for i in range(20)) if b.any()]
-    loss_by_t = {"t": [t[b].float().mean().item() for b in bins]}
-    loss_by_t |= {name: [loss[b].mean().item() for b in bins] for name, loss in losses.items()}
+    loss_by_t = {name: [v[b].mean().item() for b in bins] for name, v in (losses | {"t": t.float()}).items()}
 
     chosen = slice(None, None, max(1, len(test_x) // DIGITS))
     x_0, labels = test_x[chosen], test_labels[chosen]
@@ -343,16 +318,16 @@ def evaluate(network, ddpm, data, seed):
         steps = torch.full((len(x_t),), t)
         estimates = {name: ddpm.predict_x0(x_t, model(x_t, steps), t) for name, model in methods.items()}
         for name, x in (estimates | {"reverse": reverse(x_t, t)}).items():
-            psnr.setdefault(name, []).append(mean_and_error(10 * (4 / (x - x_0).square().flatten(1).mean(1)).log10()))
-            accuracy.setdefault(name, []).append((classifier(x).argmax(1) == labels).float().mean().item())
+            x = x if name == "noisy" else x.clamp(-1, 1)  # where pixels live
+            decibels = 10 * (4 / (x - x_0).square().flatten(1).mean(1)).log10()
+            psnr.setdefault(name, []).append(mean_and_error(decibels))
+            accuracy.setdefault(name, []).append(read_rightly(x))
             pictures.setdefault(name, []).append(x[:SHOWN])
 
     # Generation: what N(0, I) is to the network, and a Gaussian with the mean and covariance that x_T really has.
     digits = train_x[:len(x_0)]
-    gaussian = torch.randn(len(digits), linear.mean.numel(), generator=random) * linear.variances.clamp(min=0).sqrt()
-    gaussian = (linear.mean + gaussian @ linear.axes.T).float().reshape(digits.shape)
-    starts = {"N(0, I)": torch.randn(digits.shape, generator=random), "matched Gaussian": noisy(gaussian, ddpm.T)[0],
-              "noised digits": noisy(digits, ddpm.T)[0]}
+    starts = {"N(0, I)": torch.randn(digits.shape, generator=random), "noised digits": noisy(digits, ddpm.T)[0],
+              "matched Gaussian": noisy(linear.sample(len(digits), random).reshape(digits.shape).float(), ddpm.T)[0]}
     half = len(test_x) // 2
     made = {"real digits": test_x[:half][:len(digits)]} | {name: reverse(x_T) for name, x_T in starts.items()}
     distances = {name: frechet_distance(classifier[:-1](x), classifier[:-1](test_x[half:])) for name, x in made.items()}
@@ -360,7 +335,7 @@ def evaluate(network, ddpm, data, seed):
     metrics = {
         "test_loss": {name: mean_and_error(loss) for name, loss in losses.items()}, "loss_by_t": loss_by_t,
         "denoising": {"digits": len(x_0), "t": times, "psnr": psnr, "accuracy": accuracy,
-                      "accuracy_clean": (classifier(x_0).argmax(1) == labels).float().mean().item()},
+                      "accuracy_clean": read_rightly(x_0)},
         "generation": {"digits": len(digits), "frechet": distances,  # nats: KL(q(x_T | x_0) ‖ N(0, I))
                        "nats": (linear.mean.numel() * (-a - math.log(1 - a)) + a * norms.mean().item()) / 2}}
     return metrics, pictures | {"generated": {name: x[:SHOWN] for name, x in made.items()}}
@@ -368,15 +343,13 @@ def evaluate(network, ddpm, data, seed):
 
 def print_table(metrics):
     loss, d, g = metrics["test_loss"], metrics["denoising"], metrics["generation"]
-    print(f"\n{d['digits']} test digits: PSNR of x_0 in dB ± standard error, and how many are read rightly "
-          f"by a small classifier ({d['accuracy_clean']:.0%} when clean)")
+    print(f"\n{d['digits']} test digits: PSNR in dB ± standard error, how many a classifier reads ({d['accuracy_clean']:.0%} if clean)")
     print("   t" + "".join(f"{name:>20}" for name in d["psnr"]))
     for i, t in enumerate(d["t"]):
         cells = [(*d["psnr"][name][i], d["accuracy"][name][i]) for name in d["psnr"]]
         print(f"{t:4d}" + "".join(f"{mean:9.2f} ±{error:.2f} {right:5.0%}" for mean, error, right in cells))
     print("loss" + "".join(f"{mean:12.4f} ±{error:.4f}" for mean, error in loss.values()) + "    test loss (8)")
-    print(f"Fréchet distance to real digits of {g['digits']}, generated from "
-          + ", ".join(f"{name}: {value:.1f}" for name, value in g["frechet"].items()))
+    print(f"Fréchet distance of {g['digits']} digits", ", ".join(f"{name}: {value:.1f}" for name, value in g["frechet"].items()))
 
 
 def main():
@@ -403,7 +376,7 @@ def main():
     if not only:
         if world > 1:
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        save = (lambda state: None) if rank else lambda state: write_file(file, to_bytes(state))
+        save = (lambda state: None) if rank else lambda state: write_file(file, lambda f: torch.save(state, f))
         train(settings, data[0], device, save, state, given.get("save_every", 500), rank, world)
     if rank == 0:
         state = read_checkpoint(file)
@@ -414,8 +387,8 @@ def main():
         metrics, pictures = evaluate(network, DDPM(linear_beta(settings["timesteps"])), data, settings["seed"])
         about = {"settings": {name: settings[name] for name in settings if name != "data"}, "history": state["history"],
                  "parameters": sum(p.numel() for p in model.parameters())}
-        write_file(out / "metrics.json", json.dumps(about | metrics, indent=1).encode())
-        write_file(out / "pictures.pt", to_bytes(pictures))
+        write_file(out / "metrics.json", lambda f: f.write(json.dumps(about | metrics, indent=1).encode()))
+        write_file(out / "pictures.pt", lambda f: torch.save(pictures, f))
         print_table(metrics)
 
 
