@@ -50,8 +50,8 @@ def picture_grid(rows, labels, groups=("",)):
     lines, columns = len(rows), len(rows[0])
     per_group = columns // len(groups)
     widths = [1.0 if column % (per_group + 1) else 0.25 for column in range(1, columns + len(groups))]
-    figure, axes = plt.subplots(lines, len(widths), figsize=(2.6 + 0.62 * sum(widths), 0.62 * lines + 0.4), squeeze=False,
-                                width_ratios=widths, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
+    figure, axes = plt.subplots(lines, len(widths), figsize=(2.6 + 0.62 * sum(widths), 0.62 * lines + 0.4),
+                                squeeze=False, width_ratios=widths)
     for cell in axes.flat:
         cell.set_axis_off()
     for line, row in enumerate(rows):
@@ -59,13 +59,13 @@ def picture_grid(rows, labels, groups=("",)):
             show(axes[line, column + column // per_group], picture)
         axes[line, 0].text(-0.15, 0.5, labels[line], transform=axes[line, 0].transAxes, ha="right", va="center")
     for group, title in enumerate(groups):
-        axes[0, group * (per_group + 1) + per_group // 2].set_title(title, loc="left" if per_group % 2 == 0 else "center",
-                                                                     ha="center")
+        middle = axes[0, group * (per_group + 1) + per_group // 2]
+        middle.set_title(title, loc="center" if per_group % 2 else "left", ha="center")
     return figure
 
 
 def read_image(path):
-    """The picture in a file as (3, H, W) in [-1, 1]; transparency is laid on white. ValueError if it is no picture."""
+    """A picture file as (3, H, W) in [-1, 1], what is transparent laid on white; ValueError if it is none."""
     try:
         pixels = torch.tensor(plt.imread(path))
     except Exception as error:  # a damaged picture can make the decoder raise almost anything
@@ -100,7 +100,8 @@ def draw_schedule():
     left.set(title="noise added in step t", ylabel="$\\beta_t$", ylim=(0, None))
     middle.plot(t, alpha_bar, color="#0072B2", label="$\\bar{\\alpha}_t$, part of the variance that is signal")
     middle.plot(t, 1 - alpha_bar, "--", color="#D55E00", label="$1-\\bar{\\alpha}_t$, noise")
-    middle.set(title="what is left of $x_0$ in $x_t$", ylabel="variance", ylim=(0, 1.35), yticks=(0, 0.25, 0.5, 0.75, 1))
+    middle.set(title="what is left of $x_0$ in $x_t$", ylabel="variance", ylim=(0, 1.35),
+               yticks=(0, 0.25, 0.5, 0.75, 1))
     middle.legend(fontsize=10, loc="upper right")
     right.semilogy(t[1:], (alpha_bar / (1 - alpha_bar))[1:], color="#0072B2")
     right.axhline(1, color="black", linewidth=1, linestyle=":")
@@ -115,9 +116,7 @@ def draw_losses(metrics):
     """The training curve, and the test loss (8) of each method by t."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
     steps, losses = torch.tensor(metrics["history"], dtype=torch.float64).T
-    smooth = torch.tensor([losses[max(0, i - 4):i + 5].mean() for i in range(len(losses))])
-    left.loglog(steps, losses, color="#0072B2", alpha=0.3, linewidth=1, label="mean of 20 steps")
-    left.loglog(steps, smooth, color="#0072B2", label="the same, smoothed")
+    left.loglog(steps, losses, color="#0072B2", label="mean over 20 steps of training")
     final = metrics["test_loss"]["network"][0]
     left.axhline(final, color="black", linestyle=":", linewidth=1.5, label=f"test loss at the end: {final:.4f}")
     ticks = (0.04, 0.05, 0.07, 0.1, 0.2, 0.5, 1)
@@ -128,8 +127,8 @@ def draw_losses(metrics):
     for name in metrics["test_loss"]:
         colour, marker, label = STYLES[name]
         label = "nothing, $\\epsilon_\\theta = 0$" if name == "noisy" else label.split(",")[0]
-        right.semilogy(metrics["loss_by_t"]["t"], metrics["loss_by_t"][name], color=colour, marker=marker, markersize=4,
-                       label=f"{label}: {metrics['test_loss'][name][0]:.3f}")
+        right.semilogy(metrics["loss_by_t"]["t"], metrics["loss_by_t"][name], color=colour, marker=marker,
+                       markersize=4, label=f"{label}: {metrics['test_loss'][name][0]:.3f}")
     right.set(title="test digits, by time", xlabel="t", ylabel="loss (8)")
     right.legend(title="mean over t", fontsize=10)
     return figure
@@ -143,10 +142,10 @@ def draw_quality(metrics):
         mean, error = torch.tensor(d["psnr"][name]).T
         left.errorbar(d["t"], mean, 2 * error, color=colour, marker=marker, label=label, capsize=3)
         right.plot(d["t"], d["accuracy"][name], color=colour, marker=marker)
-    left.set(title="how near is the estimate to the clean digit?", xlabel="t", ylabel="PSNR in dB (bars: ±2 standard errors)")
+    left.set(title="how near is the estimate to the clean digit?", xlabel="t", ylabel="PSNR in dB (±2 standard errors)")
     left.legend(fontsize=10)
     right.axhline(d["accuracy_clean"], color="black", linestyle=":", linewidth=1.5)
-    right.text(d["t"][0], d["accuracy_clean"] + 0.01, "clean digits", va="bottom", fontsize=10)
+    right.text(d["t"][-1], d["accuracy_clean"] + 0.01, "clean digits", va="bottom", ha="right", fontsize=10)
     right.set(title="is it still the same digit?", xlabel="t", ylabel="read rightly by a classifier", ylim=(0, 1.08))
     right.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
@@ -175,7 +174,8 @@ def draw_generation(metrics, pictures):
     """Digits drawn from three kinds of x_T, and real ones, with their Fréchet distances."""
     generated, distance = pictures["generated"], metrics["generation"]["frechet"]
     names = ["real digits", "noised digits", "matched Gaussian", "N(0, I)"]
-    labels = [("real" if name == "real digits" else f"from {name}") + f"\nFréchet {distance[name]:.0f}" for name in names]
+    labels = [name if name == names[0] else f"from {name}" for name in names]
+    labels = [f"{label}\nFréchet {distance[name]:.0f}" for label, name in zip(labels, names)]
     return picture_grid([generated[name] for name in names], labels)
 
 

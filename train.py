@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed, nn
-from torch.nn import functional as F
 
 from ddpm import DDPM, EmpiricalEps, GaussianEps, linear_beta
 from unet import UNet
@@ -30,9 +29,9 @@ def number(kind, low, high):
 
 
 SETTINGS = {  # what defines a run, and is saved with it: (type, default, help)
-    "steps": (number(int, 1, 10**8), 3600, "gradient steps"),
+    "steps": (number(int, 1, 10**8), 3500, "gradient steps"),
     "batch_size": (number(int, 1, 10**5), 64, "digits in a step, over all processes"),
-    "lr": (number(float, 1e-8, 1), 8e-3, "highest learning rate"),
+    "lr": (number(float, 1e-8, 1), 1.2e-2, "highest learning rate"),
     "timesteps": (number(int, 1, 10**5), 200, "T, the steps of the forward process"),
     "channels": (number(int, 4, 4096), [16, 32, 64], "widths of the UNet, from full resolution down; multiples of 4"),
     "data": (str, str(Path(__file__).parent / "mnist"), "folder with the four files of MNIST, or of others like it"),
@@ -40,7 +39,7 @@ SETTINGS = {  # what defines a run, and is saved with it: (type, default, help)
 }
 LOG_EVERY = 20  # steps between two looks at the loss: each look waits for the GPU
 TIMES = (0.05, 0.125, 0.25, 0.5, 0.75, 1)  # where denoising is measured, as fractions of T
-DIGITS = 150  # test digits for each of these times, and digits for each way to generate
+DIGITS = 125  # test digits for each of these times, and digits for each way to generate
 SHOWN = 16  # of these, how many are kept as pictures
 
 
@@ -91,7 +90,7 @@ def read_idx(path, dims):
             while len(content) <= size and (piece := file.read(2**20)):  # the header may lie about the size
                 content += piece
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} can't be read ({error}): --data must name a folder with the four files of MNIST") from None
+        raise ValueError(f"{path} can't be read ({error}): --data needs the four whole files of MNIST") from None
     if len(content) != size:
         raise ValueError(f"{path} does not hold the {size} bytes that its header promises: copy it again")
     return torch.frombuffer(content, dtype=torch.uint8).reshape(shape)
@@ -121,7 +120,7 @@ def write_file(path, save):
     save(buffer)
     try:
         with open(beside, "wb") as file:
-            file.write(buffer.getvalue())
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -141,8 +140,7 @@ def read_checkpoint(path):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} has a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := {"step", "model", "average", "optimizers", "sums", "history"} - state.keys():
-            raise ValueError(f"it lacks {sorted(missing)}")
+        [state[name] for name in ("step", "model", "average", "optimizers", "sums", "history")]
         for name, (parse, default, _) in SETTINGS.items():
             value = state["settings"][name]
             state["settings"][name] = [parse(v) for v in value] if isinstance(default, list) else parse(value)
@@ -153,7 +151,7 @@ def read_checkpoint(path):
             raise ValueError("the weights are not finite float32 numbers")
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:120]
-        raise ValueError(f"{path} is no whole checkpoint of train.py ({reason}): name another or train again") from None
+        raise ValueError(f"{path} is no whole checkpoint of train.py ({reason}): name another, or train") from None
     return state | {"network": network.eval().requires_grad_(False)}
 
 
@@ -174,8 +172,8 @@ def make_optimizers(model, lr):
     kernels = [p for p in model.parameters() if p.dim() == 4 and p.shape[-1] == 3 and min(p.shape[:2]) > 3]
     matrices = [k.detach().permute(0, 2, 3, 1).view(len(k), -1) for k in kernels]
     others = [p for p in model.parameters() if all(p is not k for k in kernels)]
-    muon = torch.optim.Muon(matrices, lr, weight_decay=0, ns_steps=3, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0)
+    muon = torch.optim.Muon(matrices, lr, weight_decay=0, momentum=0.9, ns_steps=3, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
     return [muon, adamw], list(zip(kernels, matrices))
 
 
@@ -206,7 +204,6 @@ def train(settings, images, device, save, state=None, save_every=500, rank=0, wo
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-
     interrupted = []  # Ctrl-C waits for the end of the step; the other processes leave it to the first
     signal.signal(signal.SIGINT, signal.SIG_IGN if rank else lambda *_: interrupted.append(True))
     start = shown = time.perf_counter()
@@ -228,7 +225,8 @@ def train(settings, images, device, save, state=None, save_every=500, rank=0, wo
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
         sums += torch.stack([loss.detach(), norm])
 
-        look, keep = step % LOG_EVERY == 0 or step == steps, step % save_every == 0 or step == steps or interrupted
+        look = step % LOG_EVERY == 0 or step == steps
+        keep = step % save_every == 0 or step == steps or interrupted
         if (look or keep) and not sums.isfinite().all():
             raise ValueError(f"the loss or its gradient stopped being finite by step {step}: try a smaller --lr; "
                              "the last checkpoint is as it was")
@@ -260,14 +258,14 @@ def train_classifier(x, labels, seed):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=len(batches) + 1)
     for batch in batches:
         optimizer.zero_grad()
-        F.cross_entropy(classifier(x[batch]), labels[batch]).backward()
+        nn.functional.cross_entropy(classifier(x[batch]), labels[batch]).backward()
         optimizer.step()
         schedule.step()
     return classifier.requires_grad_(False)
 
 
 def frechet_distance(a, b):
-    """|m_a - m_b|² + tr(C_a + C_b - 2 √(C_a C_b)) between Gaussians with the moments of two sets of features (N, D)."""
+    """|m_a - m_b|² + tr(C_a + C_b - 2 √(C_a C_b)): between Gaussians with the moments of two sets (N, D)."""
     (m_a, c_a), (m_b, c_b) = [(f.double().mean(0), f.double().T.cov()) for f in (a, b)]
     root = torch.linalg.eigvals(c_a @ c_b).real.clamp(min=0).sqrt().sum()
     return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * root).item()
@@ -281,13 +279,12 @@ def mean_and_error(values):
 def evaluate(network, ddpm, data, seed):
     """How well noise is removed from test digits: (metrics, pictures), two dicts.
 
-    network: called like the UNet, on the CPU; data: from load_mnist. From the same noisy digits, "noisy" does nothing
-    (ε = 0), "linear" is the best linear denoiser, "memory" the best that knows the training digits by heart,
-    "network" is x̂_0 in one shot, "reverse" the end of the reverse process (2).
+    network: called like the UNet, on the CPU; data: from load_mnist. With the same noisy digits, "noisy" is ε = 0,
+    "linear" GaussianEps, "memory" EmpiricalEps of the training digits, "network" the network in one shot (all by
+    their x̂_0), and "reverse" where the reverse process (2) ends.
     """
-    random = generator(seed, 0)
-    train_x, test_x, (_, train_labels, _, test_labels) = to_pixels(data[0]), to_pixels(data[2]), data
-    classifier = train_classifier(train_x, train_labels, seed)
+    train_x, test_x, random = to_pixels(data[0]), to_pixels(data[2]), generator(seed, 0)
+    classifier = train_classifier(train_x, data[1], seed)
     linear = GaussianEps(ddpm, train_x.mean(0), train_x.flatten(1).T.cov())
     methods = {"noisy": lambda x_t, t: torch.zeros_like(x_t), "linear": linear,
                "memory": EmpiricalEps(ddpm, train_x), "network": network}
@@ -309,8 +306,7 @@ def evaluate(network, ddpm, data, seed):
     bins = [b for b in ((t - 1) * 20 // ddpm.T == i for i in range(20)) if b.any()]
     loss_by_t = {name: [v[b].mean().item() for b in bins] for name, v in (losses | {"t": t.float()}).items()}
 
-    chosen = slice(None, None, max(1, len(test_x) // DIGITS))
-    x_0, labels = test_x[chosen], test_labels[chosen]
+    x_0, labels = (v[::max(1, len(v) // DIGITS)][:DIGITS] for v in (test_x, data[3]))
     times = sorted({max(1, round(f * ddpm.T)) for f in TIMES})
     psnr, accuracy, pictures = {}, {}, {"clean": x_0[:SHOWN]}
     for t in times:
@@ -328,9 +324,9 @@ def evaluate(network, ddpm, data, seed):
     digits = train_x[:len(x_0)]
     starts = {"N(0, I)": torch.randn(digits.shape, generator=random), "noised digits": noisy(digits, ddpm.T)[0],
               "matched Gaussian": noisy(linear.sample(len(digits), random).reshape(digits.shape).float(), ddpm.T)[0]}
-    half = len(test_x) // 2
-    made = {"real digits": test_x[:half][:len(digits)]} | {name: reverse(x_T) for name, x_T in starts.items()}
-    distances = {name: frechet_distance(classifier[:-1](x), classifier[:-1](test_x[half:])) for name, x in made.items()}
+    made = {"real digits": test_x[::2][:len(digits)]} | {name: reverse(x_T) for name, x_T in starts.items()}
+    features = classifier[:-1]
+    distances = {name: frechet_distance(features(x), features(test_x[1::2])) for name, x in made.items()}
     a, norms = ddpm.alpha_bar[-1].item(), test_x.square().flatten(1).sum(1)
     metrics = {
         "test_loss": {name: mean_and_error(loss) for name, loss in losses.items()}, "loss_by_t": loss_by_t,
@@ -342,14 +338,14 @@ def evaluate(network, ddpm, data, seed):
 
 
 def print_table(metrics):
-    loss, d, g = metrics["test_loss"], metrics["denoising"], metrics["generation"]
-    print(f"\n{d['digits']} test digits: PSNR in dB ± standard error, how many a classifier reads ({d['accuracy_clean']:.0%} if clean)")
+    loss, d = metrics["test_loss"], metrics["denoising"]
+    print(f"\nPSNR in dB ± standard error, and digits that a classifier reads ({d['accuracy_clean']:.0%} if clean)")
     print("   t" + "".join(f"{name:>20}" for name in d["psnr"]))
     for i, t in enumerate(d["t"]):
         cells = [(*d["psnr"][name][i], d["accuracy"][name][i]) for name in d["psnr"]]
         print(f"{t:4d}" + "".join(f"{mean:9.2f} ±{error:.2f} {right:5.0%}" for mean, error, right in cells))
     print("loss" + "".join(f"{mean:12.4f} ±{error:.4f}" for mean, error in loss.values()) + "    test loss (8)")
-    print(f"Fréchet distance of {g['digits']} digits", ", ".join(f"{name}: {value:.1f}" for name, value in g["frechet"].items()))
+    print("Fréchet distance", ", ".join(f"{name}: {value:.1f}" for name, value in metrics["generation"]["frechet"].items()))
 
 
 def main():
@@ -361,23 +357,24 @@ def main():
     state = read_checkpoint(file) if only or "resume" in given else None
     saved = state["settings"] if state else {name: default for name, (_, default, _) in SETTINGS.items()}
     settings = saved | {name: given[name] for name in SETTINGS if name in given}
-    changed = [name for name in settings if settings[name] != saved[name] and name != "data"]
-    if "resume" in given and changed:
-        raise ValueError(f"--resume goes on with the settings in {file}: leave out --{changed[0].replace('_', '-')}")
+    free = ("data", "seed") if only else ("data",)
+    if changed := [name for name in settings if state and settings[name] != saved[name] and name not in free]:
+        raise ValueError(f"{file} brings its own settings: leave out --{changed[0].replace('_', '-')}")
     if not state and "overwrite" not in given and file.exists():
         raise ValueError(f"{file} holds a run: add --resume to go on, --overwrite to replace it, or take another --out")
     if settings["batch_size"] % world:
-        raise ValueError(f"--batch-size {settings['batch_size']} must be a multiple of the {world} processes")
+        raise ValueError(f"--batch-size must be a multiple of the {world} processes")
     data = load_mnist(settings["data"])
     UNet(channels=settings["channels"])(to_pixels(data[0][:1]), torch.ones(1))  # do widths and image size fit?
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # a folder that can't be written to is better known now
-
     if not only:
         if world > 1:
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         save = (lambda state: None) if rank else lambda state: write_file(file, lambda f: torch.save(state, f))
         train(settings, data[0], device, save, state, given.get("save_every", 500), rank, world)
+        if world > 1:
+            distributed.destroy_process_group()
     if rank == 0:
         state = read_checkpoint(file)
         model = state["network"].to(device, memory_format=torch.channels_last)

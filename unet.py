@@ -29,27 +29,30 @@ class TimeEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """x + a correction that depends on the time: convolution, normalisation, time, SiLU, convolution.
 
-    The time enters as a scale and a shift for each channel, both 0 at the start. The scale matters: the
-    gain with which noise must be read off a picture is 1/√(1-ᾱ_t), from 71 at t = 1 to 1.07 at t = 200.
+    The time enters as a scale and a shift for each channel. The scale matters: the gain with which noise
+    must be read off a picture is 1/√(1-ᾱ_t), from 71 at t = 1 to 1.07 at t = 200. Where the width changes,
+    x goes through a 1x1 convolution of its own. The correction is 0 at the start.
     """
 
-    def __init__(self, channels, time_dim):
+    def __init__(self, width_in, width, time_dim):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = nn.GroupNorm(channels // 4, channels)
-        self.time = nn.Linear(time_dim, 2 * channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.time.weight)
-        nn.init.zeros_(self.time.bias)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm = nn.GroupNorm(width // 4, width)
+        self.time = nn.Linear(time_dim, 2 * width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+        for layer in self.time, self.conv2:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x, time):
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
-        h = self.norm(self.conv1(x)) * (1 + scale) + shift
-        return x + self.conv2(F.silu(h))
+        h = torch.addcmul(shift, self.norm(self.conv1(x)), 1 + scale)  # norm * (1 + scale) + shift, in one go
+        return self.shortcut(x) + self.conv2(F.silu(h))
 
 
 class Attention(nn.Module):
-    """x + for each pixel, a mixture of all the pixels: strokes at the two ends of a digit get to know each other."""
+    """x + for each pixel, a mixture of all the pixels: the two ends of a stroke get to know each other."""
 
     def __init__(self, channels):
         super().__init__()
@@ -67,7 +70,8 @@ class UNet(nn.Module):
     """ε_θ(x, t): what noise is in the picture x at time t? Sheet (4), eq. (7).
 
     Going down, a residual block at each level, then half the side and the next width; at the bottom,
-    attention; going up, twice the side again, and at each level what the way down had there is added.
+    attention; going up, twice the side again, and at each level a residual block that also sees what the
+    way down had there.
 
     in_channels: 1 for grey pictures, 3 for colour.
     channels: the width of each level, from the full resolution down; multiples of 4.
@@ -84,12 +88,12 @@ class UNet(nn.Module):
         pairs = list(zip(channels, channels[1:]))
         self.time = TimeEmbedding(time_dim)
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.down = nn.ModuleList(ResidualBlock(c, time_dim) for c in channels)
+        self.down = nn.ModuleList(ResidualBlock(c, c, time_dim) for c in channels)
         self.widen = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairs)
-        self.middle = ResidualBlock(channels[-1], time_dim)
+        self.middle = ResidualBlock(channels[-1], channels[-1], time_dim)
         self.attention = Attention(channels[-1])
         self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs)
-        self.up = nn.ModuleList(ResidualBlock(c, time_dim) for c in channels)
+        self.up = nn.ModuleList(ResidualBlock(2 * c, c, time_dim) for c in channels)
         self.norm = nn.GroupNorm(channels[0] // 4, channels[0])
         self.out = nn.Conv2d(channels[0], in_channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
@@ -113,5 +117,5 @@ class UNet(nn.Module):
         for block, narrow in zip(reversed(self.up), [None, *reversed(self.narrow)]):
             if narrow:
                 h = F.interpolate(narrow(h), scale_factor=2)
-            h = block(h + skips.pop(), time)
+            h = block(torch.cat([h, skips.pop()], dim=1), time)
         return self.out(F.silu(self.norm(h)))
