@@ -205,7 +205,7 @@ def main():
     save(draw_losses(metrics), flags.out, "losses")
     save(draw_denoising(metrics, pictures), flags.out, "denoising")
     save(draw_quality(metrics), flags.out, "quality")
-    save(draw_reverse(model, ddpm, pictures["clean"][:4]), flags.out, "reverse")
+    save(draw_reverse(model, ddpm, pictures["clean"][:6]), flags.out, "reverse")
     save(draw_generation(metrics, pictures), flags.out, "generation")
     write_file(flags.out / "metrics.json", lambda f: f.write(content))
 
