@@ -448,7 +448,7 @@ def test_every_parameter_of_the_unet_gets_a_gradient():
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_skip_takes_the_way_down_to_the_way_up(level):
     """With all that lies deeper cut off, a level is still heard at the output."""
-    net, shallow = network((4, 8, 8)), network((4, 8, 8))
+    net = network((4, 8, 8))
     torch.nn.init.zeros_(net.narrow[level].weight)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 200])
     before = net(x, t)
@@ -787,7 +787,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(monkey
     monkeypatch.setattr(DDPM, "loss", loss_that_breaks_at_32)
     with pytest.raises(ValueError, match="by step 35: try a smaller --lr"):
         train.train(settings_, images, device, lambda state: saved.append(state["step"]), save_every=5)
-    assert saved == [5, 10, 15, 20, 25]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert saved == [5, 10, 15, 20, 25, 30]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -862,6 +863,7 @@ IMAGES_FILE, CHECKPOINT = "data/train-images-idx3-ubyte.gz", "out/model.pt"
     ("train.py --data data --out new", IMAGES_FILE, lambda f: flip(f / IMAGES_FILE)),
     ("train.py --data data --out new", IMAGES_FILE, lambda f: (f / IMAGES_FILE).write_bytes(b"")),
     ("train.py --data data --out new", IMAGES_FILE, lambda f: (f / IMAGES_FILE).write_bytes(b"hello")),
+    ("train.py --data data --out new", IMAGES_FILE, lambda f: (f / IMAGES_FILE).write_bytes(gzip.compress(b"hello"))),
     ("train.py --data data --out new", IMAGES_FILE, lambda f: (f / IMAGES_FILE).write_bytes(gzip.compress(b"?" * 40))),
     ("train.py --data data --out new", IMAGES_FILE, lambda f: write_idx(f / IMAGES_FILE, np.zeros((0, 8, 8)))),
     ("train.py --data data --out new", "data", lambda f: write_idx(f / IMAGES_FILE, np.zeros((5, 8, 8)))),
@@ -869,6 +871,7 @@ IMAGES_FILE, CHECKPOINT = "data/train-images-idx3-ubyte.gz", "out/model.pt"
     ("train.py --data data --out stdout/x", "stdout", None),
     ("train.py --resume --out fresh", "fresh", None),
     ("train.py --resume --lr 0.5", "--lr", None),
+    ("train.py --evaluate out/model.pt --timesteps 9", "--timesteps", None),
     ("train.py --resume", CHECKPOINT, lambda f: truncate(f / CHECKPOINT)),
     ("train.py --resume", CHECKPOINT, lambda f: flip(f / CHECKPOINT)),
     ("train.py --resume", CHECKPOINT, lambda f: (f / CHECKPOINT).write_bytes(b"")),

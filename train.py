@@ -83,9 +83,9 @@ def read_idx(path, dims):
     """The bytes in a gzipped IDX file as a uint8 array with that many dimensions; ValueError if it is not one."""
     try:
         with gzip.open(path) as file:
-            magic, *shape = np.frombuffer(file.read(4 + 4 * dims), ">u4").tolist() or [None]
+            magic, *shape = (int.from_bytes(file.read(4), "big") for _ in range(1 + dims))
             size, content = math.prod(shape), bytearray()
-            if magic != 0x800 + dims or len(shape) != dims or not 0 < size <= 2**30:
+            if magic != 0x800 + dims or not 0 < size <= 2**30:
                 raise ValueError(f"{path} is no IDX file of bytes in {dims} dimensions, or an empty or huge one")
             while len(content) <= size and (piece := file.read(2**20)):  # the header may lie about the size
                 content += piece
@@ -140,7 +140,8 @@ def read_checkpoint(path):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} has a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        [state[name] for name in ("step", "model", "average", "optimizers", "sums", "history")]
+        [state[name] for name in ("model", "average", "optimizers", "sums", "history")]
+        state["step"] = number(int, 0, 10**8)(state["step"])
         for name, (parse, default, _) in SETTINGS.items():
             value = state["settings"][name]
             state["settings"][name] = [parse(v) for v in value] if isinstance(default, list) else parse(value)
@@ -224,7 +225,6 @@ def train(settings, images, device, save, state=None, save_every=500, rank=0, wo
             weight = 1 / max(1, min(step / 10, steps / 30))
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
         sums += torch.stack([loss.detach(), norm])
-
         look = step % LOG_EVERY == 0 or step == steps
         keep = step % save_every == 0 or step == steps or interrupted
         if (look or keep) and not sums.isfinite().all():
@@ -308,7 +308,7 @@ def evaluate(network, ddpm, data, seed):
 
     x_0, labels = (v[::max(1, len(v) // DIGITS)][:DIGITS] for v in (test_x, data[3]))
     times = sorted({max(1, round(f * ddpm.T)) for f in TIMES})
-    psnr, accuracy, pictures = {}, {}, {"clean": x_0[:SHOWN]}
+    psnr, accuracy, pictures = {}, {}, {"clean": x_0[:SHOWN].clone()}
     for t in times:
         x_t, _ = noisy(x_0, t)
         steps = torch.full((len(x_t),), t)
@@ -318,7 +318,7 @@ def evaluate(network, ddpm, data, seed):
             decibels = 10 * (4 / (x - x_0).square().flatten(1).mean(1)).log10()
             psnr.setdefault(name, []).append(mean_and_error(decibels))
             accuracy.setdefault(name, []).append(read_rightly(x))
-            pictures.setdefault(name, []).append(x[:SHOWN])
+            pictures.setdefault(name, []).append(x[:SHOWN].clone())
 
     # Generation: what N(0, I) is to the network, and a Gaussian with the mean and covariance that x_T really has.
     digits = train_x[:len(x_0)]
@@ -334,7 +334,7 @@ def evaluate(network, ddpm, data, seed):
                       "accuracy_clean": read_rightly(x_0)},
         "generation": {"digits": len(digits), "frechet": distances,  # nats: KL(q(x_T | x_0) ‖ N(0, I))
                        "nats": (linear.mean.numel() * (-a - math.log(1 - a)) + a * norms.mean().item()) / 2}}
-    return metrics, pictures | {"generated": {name: x[:SHOWN] for name, x in made.items()}}
+    return metrics, pictures | {"generated": {name: x[:SHOWN].clone() for name, x in made.items()}}
 
 
 def print_table(metrics):
