@@ -118,7 +118,7 @@ class DDPM:
         eps = randn_like(x_0, generator)
         return (eps - self._eps(model, self.q_sample(x_0, t, eps), t)).square().mean()
 
-    # 6. Sampling
+    # 2. Reverse process, with a model in the place of ε
 
     @torch.no_grad()
     def p_step(self, model, x_t, t, variance="beta", generator=None):

@@ -421,6 +421,7 @@ def test_unet_returns_the_shape_it_was_given_and_starts_at_zero(batch, in_channe
     ({"channels": (4, 8, 8)}, (2, 1, 6, 8), (2,), "multiples of 4"),
     ({"channels": (4,)}, (2, 3, 8, 8), (2,), r"\(B, 1, H, W\)"),
     ({"channels": (4,)}, (1, 8, 8), (1,), r"\(B, 1, H, W\)"),
+    ({"channels": (4,)}, (1, 1, 8, 8, 2), (1,), r"\(B, 1, H, W\)"),
     ({"channels": (4,)}, (2, 1, 8, 8), (1,), r"shape \(2,\)"),
     ({"channels": (4,)}, (2, 1, 8, 8), (), r"shape \(2,\)"),
 ])
@@ -472,8 +473,20 @@ def test_residual_blocks_and_attention_add_a_normalised_correction():
     assert block(x, time).equal(x) and attention(x).equal(x)
 
 
+def test_a_fresh_residual_block_adds_nothing_and_begins_with_a_correction_of_x_alone():
+    x, times = torch.randn(2, 4, 4, 4), torch.randn(2, 2, 64)
+    block = UNet(channels=(4, 8)).down[0]
+    assert block(x, times[0]).equal(x)
+    torch.nn.init.normal_(block.conv2.weight)
+    assert block(x, times[0]).equal(block(x, times[1]))  # the scale and the shift are still zero
+    block.norm = torch.nn.Identity()
+    correction, mirrored, at_0 = (block(y, times[0]) - y for y in (x, -x, 0 * x))
+    assert (correction + mirrored - 2 * at_0).abs().max() > 0.1  # and it is not an affine map of x
+
+
 def test_attention_lets_every_pixel_hear_every_other_in_any_order():
     attention, x, order = network().attention, torch.randn(1, 8, 4, 4, requires_grad=True), torch.randperm(16)
+    attention.norm = torch.nn.Identity()  # its mean and variance carry something from pixel to pixel, too
     shuffled = x.flatten(2)[:, :, order].view_as(x)
     torch.testing.assert_close(attention(shuffled), attention(x).flatten(2)[:, :, order].view_as(x))
     gradient, = torch.autograd.grad(attention(x)[0, :, 0, 0].sum(), x)

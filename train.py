@@ -29,7 +29,7 @@ def number(kind, low, high):
 
 
 SETTINGS = {  # what defines a run, and is saved with it: (type, default, help)
-    "steps": (number(int, 1, 10**8), 3500, "gradient steps"),
+    "steps": (number(int, 1, 10**8), 3000, "gradient steps"),
     "batch_size": (number(int, 1, 10**5), 64, "digits in a step, over all processes"),
     "lr": (number(float, 1e-8, 1), 1.2e-2, "highest learning rate"),
     "timesteps": (number(int, 1, 10**5), 200, "T, the steps of the forward process"),
