@@ -29,7 +29,7 @@ def number(kind, low, high):
 
 
 SETTINGS = {  # what defines a run, and is saved with it: (type, default, help)
-    "steps": (number(int, 1, 10**8), 3000, "gradient steps"),
+    "steps": (number(int, 1, 10**8), 2000, "gradient steps"),
     "batch_size": (number(int, 1, 10**5), 64, "digits in a step, over all processes"),
     "lr": (number(float, 1e-8, 1), 1.2e-2, "highest learning rate"),
     "timesteps": (number(int, 1, 10**5), 200, "T, the steps of the forward process"),
@@ -39,7 +39,7 @@ SETTINGS = {  # what defines a run, and is saved with it: (type, default, help)
 }
 LOG_EVERY = 20  # steps between two looks at the loss: each look waits for the GPU
 TIMES = (0.05, 0.125, 0.25, 0.5, 0.75, 1)  # where denoising is measured, as fractions of T
-DIGITS = 125  # test digits for each of these times, and digits for each way to generate
+DIGITS = 100  # test digits for each of these times, and digits for each way to generate
 SHOWN = 16  # of these, how many are kept as pictures
 
 
