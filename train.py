@@ -393,7 +393,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; what was saved is whole, and the same command with --resume goes on", file=sys.stderr)
+        print("\nstopped: python train.py --resume goes on from what was saved (with the same --out)", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         sys.exit(f"train.py: {error}")
