@@ -376,7 +376,7 @@ def main():
         if world > 1:
             distributed.destroy_process_group()
     if rank == 0:
-        state = read_checkpoint(file)
+        state = state if only else read_checkpoint(file)
         model = state["network"].to(device, memory_format=torch.channels_last)
 
         def network(x_t, t):  # a thousand digits at once would be slower
