@@ -181,6 +181,7 @@ def draw_generation(metrics, pictures):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = lambda message: parser.exit(2, f"figures.py: {message} (--help lists the flags)\n")
     parser.add_argument("--image", type=Path, default=Path(__file__).parent / "condor.png", metavar="PNG",
                         help="the picture that goes through the forward process (default: condor.png)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE",

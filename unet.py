@@ -51,27 +51,12 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + self.conv2(F.silu(h))
 
 
-class Attention(nn.Module):
-    """x + for each pixel, a mixture of all the pixels: the two ends of a stroke get to know each other."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm = nn.GroupNorm(channels // 4, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).flatten(2).mT.chunk(3, dim=2)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(mixed.mT.reshape(x.shape))
-
-
 class UNet(nn.Module):
     """ε_θ(x, t): what noise is in the picture x at time t? Sheet (4), eq. (7).
 
-    Going down, a residual block at each level, then half the side and the next width; at the bottom,
-    attention; going up, twice the side again, and at each level a residual block that also sees what the
-    way down had there.
+    Two residual blocks at full resolution, where depth buys most for its cost; going down, a residual block
+    at each level, then half the side and the next width; one at the bottom; going up, twice the side again, and
+    at each level a block that also sees what the way down had there; two more at full resolution.
 
     in_channels: 1 for grey pictures, 3 for colour.
     channels: the width of each level, from the full resolution down; multiples of 4.
@@ -88,12 +73,13 @@ class UNet(nn.Module):
         pairs = list(zip(channels, channels[1:]))
         self.time = TimeEmbedding(time_dim)
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.before = nn.ModuleList(ResidualBlock(channels[0], channels[0], time_dim) for _ in range(2))
         self.down = nn.ModuleList(ResidualBlock(c, c, time_dim) for c in channels)
         self.widen = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairs)
         self.middle = ResidualBlock(channels[-1], channels[-1], time_dim)
-        self.attention = Attention(channels[-1])
         self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs)
         self.up = nn.ModuleList(ResidualBlock(2 * c, c, time_dim) for c in channels)
+        self.after = nn.ModuleList(ResidualBlock(channels[0], channels[0], time_dim) for _ in range(2))
         self.norm = nn.GroupNorm(channels[0] // 4, channels[0])
         self.out = nn.Conv2d(channels[0], in_channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
@@ -107,15 +93,19 @@ class UNet(nn.Module):
             raise ValueError(f"t must have shape ({len(x)},), one time for each picture, got {tuple(t.shape)}")
         time = self.time(t)
         h = self.stem(x)
+        for block in self.before:
+            h = block(h, time)
         skips = []
         for block, widen in zip(self.down, [*self.widen, None]):
             h = block(h, time)
             skips.append(h)
             if widen:
                 h = widen(F.avg_pool2d(h, 2))
-        h = self.attention(self.middle(h, time))
+        h = self.middle(h, time)
         for block, narrow in zip(reversed(self.up), [None, *reversed(self.narrow)]):
             if narrow:
                 h = F.interpolate(narrow(h), scale_factor=2)
             h = block(torch.cat([h, skips.pop()], dim=1), time)
+        for block in self.after:
+            h = block(h, time)
         return self.out(F.silu(self.norm(h)))
