@@ -727,6 +727,22 @@ def test_every_method_is_measured_alike():
         assert mean == pytest.approx(10 * np.log10(4 * s), abs=5 * error + 0.4)  # mean of log against log of mean
 
 
+def test_the_digits_that_walk_back_are_measured_against_themselves(monkeypatch, tmp_path):
+    """From t = 1 the reverse process is one step without noise, the one-shot estimate; here for 8 of the 30 digits."""
+    monkeypatch.setattr(train, "WALKS", 8)
+    data = train.load_mnist(write_data(tmp_path / "data", train=4000, test=60))
+    d, x = DDPM(linear_beta(4, beta_T=0.5)), train.to_pixels(data[0])
+    metrics, pictures = train.evaluate(GaussianEps(d, x.mean(0), x.flatten(1).T.cov()), d, data, seed=0)
+    torch.testing.assert_close(pictures["reverse"][0], pictures["network"][0][:8])
+    errors = (pictures["reverse"][0] - pictures["clean"][:8]).square().flatten(1).mean(1)
+    measured = metrics["denoising"]
+    assert measured["digits"] == 30 and measured["t"][0] == 1
+    assert measured["psnr"]["reverse"][0][0] == pytest.approx((10 * (4 / errors).log10()).mean().item(), abs=1e-3)
+    assert min(measured["accuracy_clean"], *(right[0] for right in measured["accuracy"].values())) > 0.9
+    torch.testing.assert_close(pictures["generated"]["noised digits"].clamp(-1, 1), pictures["reverse"][-1])
+    assert pictures["generated"]["matched Gaussian"].mean() == pytest.approx(x.mean().item(), abs=0.1)
+
+
 def test_frechet_distance_of_a_stretched_and_shifted_set():
     """Along each axis it is (m_a - m_b)² + (s_a - s_b)²; it is 0 for equal sets, and has no favourite axis."""
     a = normal(99, 3)
@@ -780,17 +796,29 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(finished, tmp_path):
     assert 7 <= torch.load(tmp_path / "out/model.pt", weights_only=True)["step"] < 9999
 
 
+TINY = {"steps": 40, "batch_size": 2, "lr": 1e-3, "timesteps": 8, "channels": [4], "seed": 0}
+
+
+def test_the_learning_rate_rises_for_a_tenth_of_the_run_and_falls_along_a_line_to_0():
+    rates, images = [], torch.zeros(5, 1, 4, 4, dtype=torch.uint8)
+    train.train(TINY, images, torch.device("cpu"), lambda state: rates.append(
+        [o["param_groups"][0]["lr"] for o in state["optimizers"]]), save_every=1)
+    muon, adamw = np.array(rates).T / TINY["lr"]
+    assert (muon == adamw).all() and len(muon) == 40 and muon[:4] == pytest.approx(np.array([1, 2, 3, 4]) / 4, rel=0.1)
+    assert np.polyfit(np.arange(4, 41), muon[3:], 1) == pytest.approx([-1 / 40, 41 / 40])
+    assert muon[-1] == pytest.approx(1 / 40)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
-    saved, settings_ = [], {"steps": 40, "batch_size": 2, "lr": 1e-3, "timesteps": 8, "channels": [4], "seed": 0}
     images, device = torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.device("cpu")
-    loss, calls = DDPM.loss, []
+    saved, loss, calls = [], DDPM.loss, []
 
     def loss_that_breaks_at_32(self, *arguments):
         calls.append(1)
         return loss(self, *arguments) * (float("nan") if len(calls) == 32 else 1)
     monkeypatch.setattr(DDPM, "loss", loss_that_breaks_at_32)
     with pytest.raises(ValueError, match="by step 35: try a smaller --lr"):
-        train.train(settings_, images, device, lambda state: saved.append(state["step"]), save_every=5)
+        train.train(TINY, images, device, lambda state: saved.append(state["step"]), save_every=5)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert saved == [5, 10, 15, 20, 25, 30]
 
