@@ -322,11 +322,11 @@ def evaluate(network, ddpm, data, seed):
             pictures.setdefault(name, []).append(x[:SHOWN].clone())
 
     # Generation: what N(0, I) is to the network, and a Gaussian with the mean and covariance that x_T really has.
-    real = x_0[:WALKS]
+    real, reference = x_0[:WALKS], classifier[:-1](test_x[1::2])
     matched, _ = noisy(linear.sample(len(real), random).reshape(real.shape).float(), ddpm.T)
     made = {"real digits": real, "N(0, I)": reverse(torch.randn(real.shape, generator=random)),
             "noised digits": estimates["reverse"], "matched Gaussian": reverse(matched)}  # the last t above was T
-    distances = {name: frechet_distance(classifier[:-1](x), classifier[:-1](test_x[1::2])) for name, x in made.items()}
+    distances = {name: frechet_distance(classifier[:-1](x), reference) for name, x in made.items()}
     a, norms = ddpm.alpha_bar[-1].item(), test_x.square().flatten(1).sum(1)
     metrics = {
         "test_loss": {name: mean_and_error(loss) for name, loss in losses.items()}, "loss_by_t": loss_by_t,
