@@ -1,76 +1,265 @@
-"""Draw the figures of the README: what the forward process does to a picture, and what the network undoes.
+"""Measure what a network of train.py is worth, and draw the figures: out/model.pt comes in,
+out/figures/ with pictures and metrics.json goes out.
 
-    python figures.py                             the condor and the schedule; after python train.py, all of them
-    python figures.py --image photo.png           with another picture than the condor
-
-Each figure is written to figures/ twice, as a PNG for the screen and as a PDF with vector text for print. The
-trained network's figures show the digits and the numbers that train.py left beside the checkpoint.
+    python figures.py                       what needs no network; after python train.py, all
+    python figures.py --image photo.png     with another picture than the condor
 """
-import argparse, json, pickle, sys
+import json
+import math
+import os
+import signal
+import tempfile
+import zlib
 from pathlib import Path
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the program ends, without a traceback
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages from Linux: 10 % faster
 import matplotlib
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.animation import PillowWriter
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.ticker import PercentFormatter
+from torch import nn
 
-from ddpm import DDPM, linear_beta
-from train import load_checkpoint, write_file
+from ddpm import DDPM, EmpiricalEps, GaussianEps, linear_beta
+from train import InputError, Progress, generator, load_mnist, mean_and_error, new_parser
+from train import pick_device, read_checkpoint, run_command, test_losses, to_pixels, write_file
+from unet import TimeEmbedding
 
-# One visual language: a colour (Okabe and Ito's, safe for the colour-blind), a marker and a name for each method.
+TIMES = (0.05, 0.125, 0.25, 0.5, 0.75, 1)  # where denoising is measured, as fractions of T
+WALKS = (0.125, 0.25, 0.5, 1)  # from where the reverse process is walked as well: it is slow
+
+# One colour (Okabe and Ito's, safe for the colour-blind) and marker for one thing in all figures.
+SIGNAL, NOISE = "#CC79A7", "#7f7f7f"
 STYLES = {
-    "noisy": ("#7f7f7f", "x", "noisy digit, $x_t/\\sqrt{\\bar{\\alpha}_t}$"),
+    "noisy": (NOISE, "x", "noisy digit, $x_t/\\sqrt{\\bar{\\alpha}_t}$"),
     "linear": ("#E69F00", "s", "best linear denoiser"),
     "memory": ("#009E73", "^", "memory of the training digits"),
     "network": ("#0072B2", "o", "network, one shot $\\hat{x}_0$"),
     "reverse": ("#D55E00", "D", "network, reverse process"),
 }
-plt.rcParams |= {"font.size": 12, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
-                 "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2, "legend.frameon": False,
-                 "figure.constrained_layout.use": True, "pdf.fonttype": 42}
+NETWORK, REVERSE = STYLES["network"][0], STYLES["reverse"][0]
+LOOK = {"font.size": 12, "axes.titlesize": 13, "axes.spines.top": False, "axes.grid": True,
+        "axes.spines.right": False, "grid.alpha": 0.3, "lines.linewidth": 2, "pdf.fonttype": 42,
+        "legend.frameon": False, "legend.fontsize": 10}
 
 
-def save(figure, folder, name):
-    for kind, about in ("png", {}), ("pdf", {"CreationDate": None}):
-        write_file(folder / f"{name}.{kind}", lambda f: figure.savefig(f, format=kind, dpi=160, metadata=about))
-    plt.close(figure)
-    print(folder / f"{name}.png")
+# Measuring
+
+def train_classifier(x, labels, seed):
+    """A small network that reads digits; classifier[:-1](x) are the 32 features it decides by."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = nn.Sequential(
+            nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU(),
+            nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+            nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, int(labels.max()) + 1))
+        batches = torch.randperm(len(x)).split(100)
+    optimizer = torch.optim.AdamW(classifier.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=len(batches) + 1)
+    progress = Progress("classifier", "batches", len(batches))
+    for done, batch in enumerate(batches, start=1):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(classifier(x[batch]), labels[batch]).backward()
+        optimizer.step()
+        schedule.step()
+        if progress.due():
+            progress.show(done)
+    return classifier.requires_grad_(False)
 
 
-def show(axes, picture, title=""):
-    """A picture (channels, H, W), on the same scale from -1 (black) to 1 (white) everywhere."""
-    axes.imshow((picture.clamp(-1, 1).permute(1, 2, 0) + 1) / 2, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title)
-    axes.set_axis_off()
+def linear_losses(ddpm, mean, cov):
+    """The loss (8) of the best linear estimate of ε for data with this mean and covariance.
+
+    (told, not told): with a matrix for each t, and with a single one for all. With S the covariance
+    of x_t, and s the mean of √(1-ᾱ_t), the loss is 1 - s² tr(S⁻¹)/D; not told t, S also has the
+    variance of the mean √ᾱ_t m.
+    """
+    alpha_bar = ddpm.alpha_bar[1:, None]
+    variances = torch.linalg.eigvalsh(cov.double())
+    told = 1 - (1 - alpha_bar) / (alpha_bar * variances + 1 - alpha_bar)
+    mixed = alpha_bar.mean() * cov + (1 - alpha_bar.mean()) * torch.eye(len(cov))
+    mixed += alpha_bar.sqrt().var(correction=0) * torch.outer(mean.flatten(), mean.flatten())
+    not_told = 1 - (1 - alpha_bar).sqrt().mean() ** 2 / torch.linalg.eigvalsh(mixed)
+    return told.mean().item(), not_told.mean().item()
 
 
-def picture_grid(rows, labels, groups=("",)):
-    """Rows of pictures, a label at the left of each, and a title over each group of columns."""
-    lines, columns = len(rows), len(rows[0])
-    per_group = columns // len(groups)
-    widths = [1.0 if column % (per_group + 1) else 0.25 for column in range(1, columns + len(groups))]
-    figure, axes = plt.subplots(lines, len(widths), figsize=(2.6 + 0.62 * sum(widths), 0.62 * lines + 0.4),
-                                squeeze=False, width_ratios=widths)
-    for cell in axes.flat:
-        cell.set_axis_off()
-    for line, row in enumerate(rows):
-        for column, picture in enumerate(row):
-            show(axes[line, column + column // per_group], picture)
-        axes[line, 0].text(-0.15, 0.5, labels[line], transform=axes[line, 0].transAxes, ha="right", va="center")
-    for group, title in enumerate(groups):
-        middle = axes[0, group * (per_group + 1) + per_group // 2]
-        middle.set_title(title, loc="center" if per_group % 2 else "left", ha="center")
-    return figure
+def by_time(losses, ddpm):
+    """The means of the losses of test_losses() over 20 spans of t (over each t, if T < 20)."""
+    t = 1 + torch.arange(len(losses)) % ddpm.T
+    span = (t - 1) * 20 // ddpm.T
+    spans = [span == i for i in span.unique()]
+    return {"t": [t[i].double().mean().item() for i in spans],
+            "loss": [losses[i].mean().item() for i in spans]}
 
+
+def measure_losses(methods, ddpm, test_x):
+    """The test loss (8) of each method, and by t; the memory is slow and sees 2,000 digits."""
+    metrics = {"test_loss": {}, "loss_by_t": {}}
+    for name, model in methods.items():
+        losses = test_losses(model, ddpm, test_x[:2000] if name == "memory" else test_x)
+        metrics["test_loss"][name] = mean_and_error(losses)
+        metrics["loss_by_t"][name] = by_time(losses, ddpm)
+    return metrics
+
+
+def measure_denoising(methods, reverse, ddpm, x_0, labels, classifier, random):
+    """The same noisy digits, denoised by each method: (metrics, pictures), by method and t."""
+    metrics = {name: {"t": [], "psnr": [], "read": []} for name in STYLES}
+    pictures = {name: {} for name in STYLES}
+    walked = {max(1, round(fraction * ddpm.T)) for fraction in WALKS}
+    for t in sorted({max(1, round(fraction * ddpm.T)) for fraction in TIMES}):
+        x_t = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=random))
+        times = torch.full((len(x_t),), t)
+        estimates = {name: ddpm.predict_x0(x_t, model(x_t, times), t)
+                     for name, model in methods.items()}
+        if t in walked:
+            estimates["reverse"] = reverse(x_t, t)
+        for name, x in estimates.items():
+            x = x if name == "noisy" else x.clamp(-1, 1)  # where pixels live
+            error = (x - x_0).square().flatten(1).mean(1)
+            right = classifier(x).argmax(1) == labels
+            metrics[name]["t"].append(t)
+            metrics[name]["psnr"].append(mean_and_error(10 * (4 / error).log10()))
+            metrics[name]["read"].append(mean_and_error(right.float()))
+            pictures[name][t] = x, right
+    return metrics, pictures
+
+
+def frechet_distance(a, b):
+    """|m_a - m_b|² + tr(C_a + C_b - 2 √(C_a C_b)): of Gaussians with the moments of two sets."""
+    m_a, m_b = a.double().mean(0), b.double().mean(0)
+    c_a, c_b = a.double().T.cov(), b.double().T.cov()
+    root = torch.linalg.eigvals(c_a @ c_b).real.clamp(min=0).sqrt().sum()
+    return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * root).item()
+
+
+def frechet_and_error(a, b):
+    """The distance, and its standard error over draws of a: by the jackknife, a tenth left out."""
+    tenth = torch.arange(len(a)) % 10
+    without = torch.tensor([frechet_distance(a[tenth != i], b) for i in range(10)])
+    return frechet_distance(a, b), (without.var(correction=0) * 9).sqrt().item()
+
+
+def measure_generation(starts, others, classifier):
+    """How digits are drawn from each start: Fréchet distance to other digits, and surely read."""
+    reference = classifier[:-1](others)
+    metrics = {}
+    for name, x in starts.items():
+        surest = classifier(x).softmax(1).max(1).values
+        metrics[name] = {"frechet": frechet_and_error(classifier[:-1](x), reference),
+                         "sure": mean_and_error((surest > 0.9).float())}
+    return metrics
+
+
+def measure(network, ddpm, data, digits, seed):
+    """All of it: (metrics, pictures). data: of load_mnist(); network: called like the UNet."""
+    train_x, test_x, random = to_pixels(data[0]), to_pixels(data[2]), generator(seed, 0)
+    classifier = train_classifier(train_x, data[1], seed)
+    mean, cov = train_x.mean(0), train_x.flatten(1).T.cov()
+    linear = GaussianEps(ddpm, mean, cov)
+    methods = {"noisy": lambda x_t, t: torch.zeros_like(x_t), "linear": linear,
+               "memory": EmpiricalEps(ddpm, train_x), "network": network}
+    metrics = measure_losses(methods, ddpm, test_x)
+    chosen = torch.randperm(len(test_x), generator=random)
+    x_0, others = test_x[chosen[:digits]], test_x[chosen[digits:]]
+    labels = data[3][chosen[:digits]]
+    walks = sum({max(1, round(fraction * ddpm.T)) for fraction in WALKS}) + 2 * ddpm.T
+    progress = Progress("reverse process", "steps of a digit", walks * digits)
+    taken = 0
+
+    def reverse(x, t=ddpm.T):
+        nonlocal taken
+        for _, x in ddpm.p_sample(network, x, t, generator=random):
+            taken += digits
+            if progress.due():
+                progress.show(taken)
+        return x
+
+    metrics["denoising"], pictures = measure_denoising(methods, reverse, ddpm, x_0, labels,
+                                                       classifier, random)
+    noise = torch.randn(x_0.shape, generator=random)
+    matched = linear.sample(digits, random).float().reshape(x_0.shape)
+    made = {"real digits": x_0, "noised digits": pictures["reverse"][ddpm.T][0],
+            "matched Gaussian": reverse(ddpm.q_sample(matched, ddpm.T, noise)),
+            "N(0, I)": reverse(torch.randn(x_0.shape, generator=random))}
+    metrics["generation"] = measure_generation(made, others, classifier)
+    a, norms = ddpm.alpha_bar[-1].item(), test_x.square().flatten(1).sum(1)
+    metrics["nats"] = {  # KL(q(x_T | x_0) || N(0, I)), and the part of it that the mean image has
+        "all": (mean.numel() * (-a - math.log(1 - a)) + a * norms.mean().item()) / 2,
+        "mean": a * mean.square().sum().item() / 2}
+    metrics["linear"] = dict(zip(("told_t", "not_told_t"), linear_losses(ddpm, mean, cov)))
+    metrics["clean"] = mean_and_error((classifier(x_0).argmax(1) == labels).float())
+    return metrics, pictures | {"clean": x_0, "made": made}
+
+
+def compare_runs(states, test_x):
+    """The test loss of each run, alone and by t."""
+    runs = []
+    for state in states:
+        ddpm = DDPM(linear_beta(state["settings"]["timesteps"]))
+        losses = test_losses(in_hundreds(state["network"]), ddpm, test_x)
+        runs.append({"settings": state["settings"], "loss": mean_and_error(losses),
+                     "parameters": sum(p.numel() for p in state["network"].parameters()),
+                     "by_t": by_time(losses, ddpm)})
+    return runs
+
+
+def fit_limit(runs):
+    """(a, b, c): the loss a + b / steps^c that is nearest to those of the runs; a is its limit."""
+    steps, losses = torch.tensor([(run["settings"]["steps"], run["loss"][0]) for run in runs]).T
+    fits = []
+    for c in torch.arange(0.1, 2, 0.01).tolist():
+        powers = torch.stack([torch.ones_like(steps), steps**-c], dim=1).double()
+        (a, b), = torch.linalg.lstsq(powers, losses.double()[:, None]).solution.T.tolist()
+        rest = (powers @ torch.tensor([a, b]).double() - losses).square().sum().item()
+        fits.append((rest, a, b, c))
+    return min(fits)[1:]
+
+
+def in_hundreds(model):
+    """The model as a function on the CPU, a hundred digits at a time, wherever the model is."""
+    device = pick_device()
+    model = model.to(device, memory_format=torch.channels_last)
+
+    def network(x_t, t):
+        chunks = zip(x_t.split(100), t.split(100))
+        return torch.cat([model(x.to(device), s.to(device)).cpu() for x, s in chunks])
+    return network
+
+
+def print_table(metrics):
+    """The measurements, in the width of a terminal and in ASCII."""
+    denoising = metrics["denoising"]
+    print("\nPSNR in dB, and digits that the classifier reads "
+          f"({metrics['clean'][0]:.0%} of the clean ones)")
+    print("   t" + "".join(f"{name:>14}" for name in denoising))
+    for i, t in enumerate(denoising["noisy"]["t"]):
+        line = f"{t:4}"
+        for row in denoising.values():
+            at = row["t"].index(t) if t in row["t"] else None
+            cell = "" if at is None else f"{row['psnr'][at][0]:.1f} {row['read'][at][0]:4.0%}"
+            line += f"{cell:>14}"
+        print(line)
+    print("loss" + "".join(f"{loss:14.4f}" for loss, _ in metrics["test_loss"].values()))
+    for name, row in metrics["generation"].items():
+        print(f"from {name}: Frechet distance {row['frechet'][0]:.1f} +- {row['frechet'][1]:.1f}, "
+              f"{row['sure'][0]:.0%} surely read")
+
+
+# Drawing
 
 def read_image(path):
-    """A picture file as (3, H, W) in [-1, 1], what is transparent laid on white; ValueError if it is none."""
+    """A picture file as (3, H, W) in [-1, 1], what is transparent laid on white."""
     try:
-        pixels = torch.tensor(plt.imread(path))
+        pixels = torch.tensor(imread(path))
     except Exception as error:  # a damaged picture can make the decoder raise almost anything
-        raise ValueError(f"{path} can't be read as a picture ({error}): --image takes a PNG file") from None
-    pixels = pixels.float() / (1 if pixels.is_floating_point() else torch.iinfo(pixels.dtype).max)
+        raise InputError(f"{path} can't be read as a picture ({error}): --image takes a PNG file")
+    largest = 1 if pixels.is_floating_point() else torch.iinfo(pixels.dtype).max
+    pixels = pixels.float() / largest
     if pixels.dim() == 2:
         pixels = pixels[:, :, None].expand(-1, -1, 3)
     if pixels.shape[2] == 4:
@@ -78,143 +267,383 @@ def read_image(path):
     return pixels.permute(2, 0, 1) * 2 - 1
 
 
+def new_figure(width, height, rows=1, columns=1, **options):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def show(axes, picture, frame=None):
+    """A picture (channels, H, W), from -1 (black) to 1 (white), in a frame of that colour."""
+    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
+    axes.imshow(pixels.expand(-1, -1, 3), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set(visible=frame is not None, color=frame, linewidth=2.5)
+
+
 def draw_forward(image):
     """Sheet (3): x_0, x_3, x_10, x_30, x_100, x_200 of one path of (1)."""
-    ddpm, random = DDPM(linear_beta()), torch.Generator().manual_seed(0)
-    x, path = image[None], [image]
+    ddpm, random = DDPM(linear_beta()), generator(0)
+    figure, axes = new_figure(12, 8.6, 2, 3)
+    cells = dict(zip((0, 3, 10, 30, 100, 200), axes.flat))
+    x = image[None]
+    for t in range(ddpm.T + 1):
+        x = ddpm.q_step(x, t, torch.randn(x.shape, generator=random)) if t else x
+        if t in cells:
+            signal = ddpm.alpha_bar[t].item()
+            ratio = f"{signal / (1 - signal):,.4g}" if t else "∞"
+            show(cells[t], x[0])
+            cells[t].set_title(f"$x_{{{t}}}$", fontsize=20)
+            cells[t].set_xlabel(f"$\\sqrt{{\\bar{{\\alpha}}_t}}$ = {signal**0.5:.3f}, "
+                                f"signal : noise = {ratio}", fontsize=15)
+    return figure
+
+
+def draw_marginal(images):
+    """Question 1: where the pixels of x_t are, and paths of (1) from one x_0 with (5) around them."""
+    ddpm, random = DDPM(linear_beta()), generator(0)
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplot_mosaic([[0, 30, 100, 200], ["paths"] * 4])
+    grid = torch.linspace(-4, 4, 400)
+    for t in 0, 30, 100, 200:
+        noise = torch.randn(images.shape, generator=random)
+        x_t = ddpm.q_sample(images, t, noise) if t else images
+        axes[t].hist(x_t.flatten().numpy(), 160, range=(-4, 4), density=True, color=SIGNAL)
+        axes[t].plot(grid, (-grid**2 / 2).exp() / (2 * math.pi) ** 0.5, "--", color=NOISE)
+        axes[t].set(title=f"MNIST at t = {t}", xlabel="$x_t$, all pixels", ylim=(0, 1.5),
+                    xticks=(-3, -1, 0, 1, 3))
+    axes[0].set_ylabel("density")
+    black = (images == -1).float().mean().item()
+    axes[0].text(1.2, 1.2, f"{black:.0%} are\nblack, -1\n(bar cut)", fontsize=10)
+    axes[200].text(1.2, 0.6, "dashed:\n$\\mathcal{N}(0, 1)$", color=NOISE)
+    x, path = torch.full((40,), 1.0), [torch.full((40,), 1.0)]
     for t in range(1, ddpm.T + 1):
         x = ddpm.q_step(x, t, torch.randn(x.shape, generator=random))
-        path.append(x[0])
-    figure, axes = plt.subplots(1, 6, figsize=(13, 2.5))
-    for cell, t in zip(axes, (0, 3, 10, 30, 100, 200)):
-        show(cell, path[t], f"$x_{{{t}}}$")
+        path.append(x)
+    below = axes["paths"]
+    below.plot(torch.stack(path), color=NOISE, linewidth=0.7, alpha=0.6)
+    mean, deviation = ddpm.alpha_bar.sqrt(), (1 - ddpm.alpha_bar).sqrt()
+    below.plot(mean, color=SIGNAL, label="mean of (5): $\\sqrt{\\bar{\\alpha}_t}\\,x_0$")
+    below.fill_between(range(ddpm.T + 1), mean - 2 * deviation, mean + 2 * deviation, color=SIGNAL,
+                       alpha=0.25, label="± 2 standard deviations $\\sqrt{1-\\bar{\\alpha}_t}$")
+    below.set(title="40 paths of the recurrence (1) from one white pixel, $x_0 = 1$", xlabel="t",
+              ylabel="$x_t$", xlim=(0, ddpm.T))
+    below.legend(loc="lower left")
+    return figure
+
+
+def normal(x, mean, variance):
+    """A Gaussian's density over its maximum."""
+    return (-(x - mean) ** 2 / (2 * variance)).exp()
+
+
+def draw_bayes():
+    """Question 2 for a single pixel: what x_0 says of x_{t-1}, what x_t says, and both together."""
+    ddpm, x_0 = DDPM(linear_beta()), torch.tensor([1.0])
+    figure, axes = new_figure(13, 4, 1, 3)
+    for cell, t in zip(axes, (2, 20, 200)):
+        alpha, alpha_bar, before = ddpm.alpha[t], ddpm.alpha_bar[t], ddpm.alpha_bar[t - 1]
+        x_t = ddpm.q_sample(x_0, t, torch.tensor([-1.5]))
+        mean, variance = ddpm.posterior_mean(x_t, x_0, t), ddpm.posterior_variance(t)
+        width = 3.5 * max(1 - before, ddpm.beta[t] / alpha).sqrt()
+        x = mean + torch.linspace(-width, width, 500)
+        cell.plot(x, normal(x, before.sqrt() * x_0, 1 - before), color=SIGNAL,
+                  label="$p(x_{t-1}|x_0)$, from $x_0$")
+        cell.plot(x, normal(x, x_t / alpha.sqrt(), ddpm.beta[t] / alpha), color=NOISE,
+                  label="$p(x_t|x_{t-1})$, from $x_t$")
+        cell.fill_between(x, normal(x, mean, variance), color=REVERSE, alpha=0.5,
+                          label="product: $p(x_{t-1}|x_t,x_0)$")
+        cell.axvline(mean, color="black", linestyle=":", label="its mean $\\mu(x_t,x_0)$, eq. (4)")
+        share = (ddpm.beta[t] / (1 - alpha_bar)).item()
+        cell.set(title=f"t = {t}: $x_0$ has {share:.0%} of the weight", xlabel="$x_{t-1}$",
+                 yticks=[], ylim=(0, 1.05))
+    axes[0].set_ylabel("density / its maximum")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
 def draw_schedule():
-    """β_t, ᾱ_t and ᾱ_t / (1 - ᾱ_t) against t."""
+    """√ᾱ_t, √(1-ᾱ_t) and their squares' ratio, with the times of the condor marked."""
     ddpm = DDPM(linear_beta())
-    t, alpha_bar = torch.arange(ddpm.T + 1), ddpm.alpha_bar
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.2))
-    left.plot(t, ddpm.beta, color="#0072B2")
-    left.set(title="noise added in step t", ylabel="$\\beta_t$", ylim=(0, None))
-    middle.plot(t, alpha_bar, color="#0072B2", label="$\\bar{\\alpha}_t$, part of the variance that is signal")
-    middle.plot(t, 1 - alpha_bar, "--", color="#D55E00", label="$1-\\bar{\\alpha}_t$, noise")
-    middle.set(title="what is left of $x_0$ in $x_t$", ylabel="variance", ylim=(0, 1.35),
-               yticks=(0, 0.25, 0.5, 0.75, 1))
-    middle.legend(fontsize=10, loc="upper right")
-    right.semilogy(t[1:], (alpha_bar / (1 - alpha_bar))[1:], color="#0072B2")
-    right.axhline(1, color="black", linewidth=1, linestyle=":")
-    right.text(5, 0.6, "as much noise as signal", va="top", fontsize=10)
-    right.set(title="signal-to-noise ratio", ylabel="$\\bar{\\alpha}_t\\,/\\,(1-\\bar{\\alpha}_t)$")
-    for axes in left, middle, right:
-        axes.set(xlabel="t", xlim=(0, ddpm.T))
+    t, alpha_bar, marked = torch.arange(ddpm.T + 1), ddpm.alpha_bar, [3, 10, 30, 100, 200]
+    figure, (left, right) = new_figure(12, 4, 1, 2)
+    left.plot(t, alpha_bar.sqrt(), "-o", color=SIGNAL, markevery=marked,
+              label="signal, $\\sqrt{\\bar{\\alpha}_t}$")
+    left.plot(t, (1 - alpha_bar).sqrt(), "-x", color=NOISE, markevery=marked,
+              label="noise, $\\sqrt{1-\\bar{\\alpha}_t}$")
+    left.set(title="$x_t$ = signal · $x_0$ + noise · $\\epsilon$", ylabel="factor", ylim=(0, 1.05))
+    left.legend()
+    ratio = alpha_bar[1:] / (1 - alpha_bar[1:])
+    right.semilogy(t[1:], ratio, "-o", color="black", markevery=[i - 1 for i in marked])
+    right.axhline(1, color=NOISE, linestyle=":")
+    right.text(5, 0.8, "as much noise as signal", va="top", fontsize=10)
+    right.set(title="signal-to-noise ratio",
+              ylabel="$\\bar{\\alpha}_t\\,/\\,(1-\\bar{\\alpha}_t)$")
+    for i in marked:
+        right.annotate(f"{i}", (i, ratio[i - 1]), (6, 6), textcoords="offset points", fontsize=10)
+    for axes in left, right:
+        axes.set(xlabel="t", xlim=(0, ddpm.T + 3))
+    return figure
+
+
+def draw_embedding():
+    """The sines and cosines that the network is given for the time, against t."""
+    waves = TimeEmbedding(64).waves(torch.arange(201))
+    figure, axes = new_figure(12, 4)
+    picture = axes.imshow(waves.T, aspect="auto", cmap="gray", interpolation="nearest")
+    axes.axhline(31.5, color=REVERSE)
+    axes.set(title="the time as the network is told it", xlabel="t", ylabel="from fast to slow",
+             yticks=(16, 48), yticklabels=("sines", "cosines"))
+    axes.grid(False)
+    figure.colorbar(picture, ticks=(-1, 0, 1))
     return figure
 
 
 def draw_losses(metrics):
     """The training curve, and the test loss (8) of each method by t."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
-    steps, losses = torch.tensor(metrics["history"], dtype=torch.float64).T
-    left.loglog(steps, losses, color="#0072B2", label="mean over 20 steps of training")
+    figure, (left, right) = new_figure(12, 4.2, 1, 2)
+    steps, losses = zip(*metrics["history"])
+    left.loglog(steps, losses, color=NETWORK, label="training, mean over 20 steps")
     final = metrics["test_loss"]["network"][0]
-    left.axhline(final, color="black", linestyle=":", linewidth=1.5, label=f"test loss at the end: {final:.4f}")
+    left.axhline(final, color="black", linestyle=":", label=f"test loss at the end: {final:.4f}")
     ticks = (0.04, 0.05, 0.07, 0.1, 0.2, 0.5, 1)
-    left.set(title="training", xlabel="step", ylabel="loss (8), mean square of $\\epsilon-\\epsilon_\\theta$",
-             yticks=ticks, yticklabels=ticks)
+    left.set(title="training", xlabel="step", ylabel="loss (8)", yticks=ticks, yticklabels=ticks)
+    ticks = [step for step in (20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if step <= steps[-1]]
+    left.set(xticks=ticks, xticklabels=ticks)
     left.minorticks_off()
     left.legend()
-    for name in metrics["test_loss"]:
+    for name, row in metrics["loss_by_t"].items():
         colour, marker, label = STYLES[name]
         label = "nothing, $\\epsilon_\\theta = 0$" if name == "noisy" else label.split(",")[0]
-        right.semilogy(metrics["loss_by_t"]["t"], metrics["loss_by_t"][name], color=colour, marker=marker,
-                       markersize=4, label=f"{label}: {metrics['test_loss'][name][0]:.3f}")
-    right.set(title="test digits, by time", xlabel="t", ylabel="loss (8)")
-    right.legend(title="mean over t", fontsize=10)
+        right.semilogy(row["t"], row["loss"], color=colour, marker=marker, markersize=4,
+                       label=f"{label}: {metrics['test_loss'][name][0]:.3g}")
+    ticks = (0.01, 0.03, 0.1, 0.3, 1, 3)
+    right.set(title="test digits, by time (the memory leaves the picture)", xlabel="t",
+              ylabel="loss (8)", ylim=(0.01, 3), yticks=ticks, yticklabels=ticks)
+    right.minorticks_off()
+    right.legend(title="mean over t")
+    return figure
+
+
+def draw_compute(runs):
+    """The test loss of runs of several lengths with its fit, and of a run that is not told t."""
+    figure, (left, right) = new_figure(12, 4.2, 1, 2)
+    told = [run for run in runs if run["settings"]["told_t"]]
+    a, b, c = fit_limit(told)
+    ticks = sorted(run["settings"]["steps"] for run in told)
+    steps = torch.logspace(math.log10(ticks[0]), math.log10(4 * ticks[-1]), 99)
+    for run in told:
+        mean, error = run["loss"]
+        left.errorbar(run["settings"]["steps"], mean, 2 * error, color=NETWORK, marker="o",
+                      capsize=3)
+    left.plot(steps, a + b * steps**-c, "--", color=NETWORK,
+              label=f"{a:.4f} + {b:.2f} / steps$^{{{c:.2f}}}$")
+    left.axhline(a, color="black", linestyle=":", label=f"its limit, {a:.4f}")
+    left.set_xscale("log")
+    left.set(title="longer runs (±2 standard errors)", xlabel="steps of the run",
+             ylabel="test loss (8) at its end", xticks=ticks, xticklabels=ticks)
+    left.minorticks_off()
+    left.legend()
+    for run in runs:
+        if run["settings"]["steps"] == runs[0]["settings"]["steps"]:
+            style, label = ("-o", "told t") if run["settings"]["told_t"] else ("--x", "not told t")
+            right.semilogy(run["by_t"]["t"], run["by_t"]["loss"], style, color=NETWORK,
+                           markersize=5, label=f"{label}: {run['loss'][0]:.4f}")
+    ticks = (0.02, 0.03, 0.05, 0.1)
+    right.set(title="must the network be told t?", xlabel="t", ylabel="test loss (8)", yticks=ticks,
+              yticklabels=ticks)
+    right.minorticks_off()
+    right.legend()
     return figure
 
 
 def draw_quality(metrics):
-    """PSNR of the estimate of x_0 and share of digits read rightly, against t, for every method."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
-    d = metrics["denoising"]
-    for name, (colour, marker, label) in STYLES.items():
-        mean, error = torch.tensor(d["psnr"][name]).T
-        left.errorbar(d["t"], mean, 2 * error, color=colour, marker=marker, label=label, capsize=3)
-        right.plot(d["t"], d["accuracy"][name], color=colour, marker=marker)
-    left.set(title="how near is the estimate to the clean digit?", xlabel="t", ylabel="PSNR in dB (±2 standard errors)")
-    left.legend(fontsize=10)
-    right.axhline(d["accuracy_clean"], color="black", linestyle=":", linewidth=1.5)
-    right.text(d["t"][-1], d["accuracy_clean"] + 0.01, "clean digits", va="bottom", ha="right", fontsize=10)
-    right.set(title="is it still the same digit?", xlabel="t", ylabel="read rightly by a classifier", ylim=(0, 1.08))
+    """PSNR of the estimate of x_0 and share of digits read rightly, against t, for each method."""
+    figure, (left, right) = new_figure(12, 4.4, 1, 2)
+    for name, row in metrics["denoising"].items():
+        colour, marker, label = STYLES[name]
+        for axes, key in (left, "psnr"), (right, "read"):
+            mean, error = zip(*row[key])
+            axes.errorbar(row["t"], mean, [2 * e for e in error], color=colour, marker=marker,
+                          label=label, capsize=3)
+    left.set(title="how near is the estimate to the clean digit?", xlabel="t",
+             ylabel="PSNR in dB (±2 standard errors)")
+    left.legend()
+    clean = metrics["clean"][0]
+    right.axhline(clean, color="black", linestyle=":")
+    right.text(row["t"][-1], clean + 0.01, "clean digits", ha="right", fontsize=10)
+    right.set(title="is it still the same digit?", xlabel="t", ylim=(0, 1.08),
+              ylabel="read rightly (±2 standard errors)")
     right.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 
-def draw_denoising(metrics, pictures):
-    """Test digits, noisy at several t, and what each method makes of them."""
-    times = [i for i, t in enumerate(metrics["denoising"]["t"]) if i >= 2] or [0]
+def draw_grid(rows, labels, titles, each=1, frames=None):
+    """Rows of pictures, a label at the left of each, a title over each group of `each` columns."""
+    columns, lines = len(rows[0]) + len(titles) - 1, len(rows)  # a narrow column between groups
+    widths = [1 if (column + 1) % (each + 1) else 0.35 for column in range(columns)]
+    figure, axes = new_figure(2.4 + 0.72 * sum(widths), 0.5 + 0.76 * lines, lines, columns,
+                              squeeze=False, width_ratios=widths)
+    for cell in axes.flat:
+        cell.set_axis_off()
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            cell = axes[i, j + j // each]
+            cell.set_axis_on()
+            show(cell, picture, frames[i][j] if frames else None)
+        axes[i, 0].set_ylabel(labels[i], rotation=0, ha="right", va="center")
+    for i, title in enumerate(titles):
+        centre = axes[0, i * (each + 1) + each // 2]
+        centre.set_title(title, loc="center" if each % 2 else "left", ha="center")
+    return figure
+
+
+def draw_denoising(pictures):
+    """Test digits, noisy at several t, and what each method makes of them; misread ones framed."""
+    times, names = list(pictures["reverse"])[-3:], list(STYLES)
     rows = [[x for _ in times for x in pictures["clean"][:4]]]
-    rows += [[x for i in times for x in pictures[name][i][:4]] for name in STYLES]
-    names = ["clean digit", *(label for _, _, label in STYLES.values())]
-    return picture_grid(rows, names, [f"t = {metrics['denoising']['t'][i]}" for i in times])
+    frames = [[None] * len(rows[0])]
+    for name in names:
+        rows.append([x for t in times for x in pictures[name][t][0][:4]])
+        right = [right for t in times for right in pictures[name][t][1][:4]]
+        frames.append([None if is_right else REVERSE for is_right in right])
+    labels = ["clean digit"] + [STYLES[name][2] for name in names]
+    return draw_grid(rows, labels, [f"t = {t}" for t in times], 4, frames)
 
 
-def draw_reverse(model, ddpm, digits):
-    """The reverse process (2) of a few noisy test digits as a film strip."""
-    random = torch.Generator().manual_seed(0)
-    x_T = ddpm.q_sample(digits, ddpm.T, torch.randn(digits.shape, generator=random))
-    frames = {ddpm.T: x_T} | dict(ddpm.p_sample(model, x_T, generator=random))
-    times = [round(ddpm.T * f / 10) for f in range(10, 0, -1)] + [round(ddpm.T / 40), 0]
-    rows = [[frames[t][i] for t in times] + [digits[i]] for i in range(len(digits))]
-    return picture_grid(rows, [""] * len(rows), [*(f"t = {t}" if t else "$x_0$" for t in times), "truth"])
+def walk_back(network, ddpm, x_0):
+    """The reverse process (2) of digits that went to T: (t, x_t, the x̂_0 seen in x_t) for each t."""
+    random = generator(0)
+    x, t = ddpm.q_sample(x_0, ddpm.T, torch.randn(x_0.shape, generator=random)), ddpm.T
+    steps = []
+    for before, x_before in ddpm.p_sample(network, x, generator=random):
+        eps = network(x, torch.full((len(x),), t))
+        steps.append((t, x, ddpm.predict_x0(x, eps, t)))
+        t, x = before, x_before
+    return steps + [(0, x, x)]
 
 
-def draw_generation(metrics, pictures):
-    """Digits drawn from three kinds of x_T, and real ones, with their Fréchet distances."""
-    generated, distance = pictures["generated"], metrics["generation"]["frechet"]
-    names = ["real digits", "noised digits", "matched Gaussian", "N(0, I)"]
-    labels = [name if name == names[0] else f"from {name}" for name in names]
-    labels = [f"{label}\nFréchet {distance[name]:.0f}" for label, name in zip(labels, names)]
-    return picture_grid([generated[name] for name in names], labels)
+def draw_reverse(steps, x_0):
+    """Three digits on their way back, and under each x_t the estimate of x_0 from it."""
+    T = len(steps) - 1
+    shown = [steps[T - round(T * part)] for part in (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.25, 0.1, 0)]
+    rows, labels = [], []
+    for i in range(3):
+        rows.append([x[i] for _, x, _ in shown] + [x_0[i]])
+        rows.append([estimate[i] for _, _, estimate in shown] + [x_0[i]])
+        labels += ["$x_t$", "$\\hat{x}_0$ seen in it"]
+    titles = [f"t = {t}" for t, _, _ in shown[:-1]]
+    return draw_grid(rows, labels, titles + ["result", "original"])
+
+
+def draw_generation(made):
+    """Digits drawn from three kinds of x_T, and real ones."""
+    labels = [name if name == "real digits" else f"from {name}" for name in made]
+    return draw_grid([x[:14] for x in made.values()], labels, [""], 14)
+
+
+def montage(x):
+    """16 digits (N, 1, H, W) as one picture of 4 x 4."""
+    height, width = x.shape[2:]
+    return x[:16].reshape(4, 4, height, width).permute(0, 2, 1, 3).reshape(1, 4 * height, 4 * width)
+
+
+def film(steps, path):
+    """An animated GIF: 16 digits walk back from x_T, with the estimates of x_0 beside them."""
+    figure, (left, right) = new_figure(4.8, 2.75, 1, 2)
+    shown = steps[::max(1, len(steps) // 40)]
+    shown += [steps[-1]] * 20  # the last one stays for two seconds
+    with tempfile.TemporaryDirectory() as folder:
+        writer = PillowWriter(fps=10)
+        with writer.saving(figure, f"{folder}/film.gif", dpi=100):
+            for t, x, estimate in shown:
+                for axes, pictures, title in (left, x, f"$x_t$, t = {t}"), (right, estimate, ""):
+                    axes.clear()
+                    show(axes, montage(pictures))
+                    axes.set_title(title or "$\\hat{x}_0$ seen in it")
+                writer.grab_frame()
+        content = Path(f"{folder}/film.gif").read_bytes()
+    write_file(path, lambda file: file.write(content))
+    print(path)
+
+
+def save(figure, folder, name):
+    for kind, about in ("png", {}), ("pdf", {"CreationDate": None}):
+        write_file(folder / f"{name}.{kind}",
+                   lambda file: figure.savefig(file, format=kind, dpi=150, metadata=about))
+    print(folder / f"{name}.png")
+
+
+def parse_flags():
+    parser = new_parser(__doc__)
+    parser.add_argument("--image", type=Path, default=Path(__file__).parent / "condor.png",
+                        metavar="PNG", help="for the forward process (default: condor.png)")
+    parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
+                        help="the network to measure, and others to compare its loss with "
+                        "(default: out/model.pt)")
+    parser.add_argument("--digits", type=int, default=100, metavar="N",
+                        help="test digits that walk through the reverse process (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("out/figures"), metavar="DIR",
+                        help="folder for the figures (default: out/figures)")
+    return parser.parse_args()
+
+
+def check(states, data, digits):
+    """Raise InputError if the checkpoints or the number of digits do not fit the data."""
+    if any(state["data"] != zlib.crc32(data[0].numpy()) for state in states):
+        raise InputError("the network was trained on other digits: name their folder with --data")
+    if states and not 16 <= digits <= len(data[2]) // 2:
+        raise InputError("--digits must be from 16 to half of the test digits, "
+                         f"{len(data[2]) // 2}, got {digits}")
+
+
+def draw_without_network(image, images, out):
+    save(draw_forward(image), out, "forward")
+    save(draw_marginal(to_pixels(images[:2000])), out, "marginal")
+    save(draw_bayes(), out, "bayes")
+    save(draw_schedule(), out, "schedule")
+    save(draw_embedding(), out, "embedding")
+
+
+def measure_and_draw(states, data, digits, seed, out):
+    """Write metrics.json, and the figures of the first of the networks beside the others."""
+    settings = states[0]["settings"]
+    network, ddpm = in_hundreds(states[0]["network"]), DDPM(linear_beta(settings["timesteps"]))
+    metrics, pictures = measure(network, ddpm, data, digits, seed)
+    history = [(20 * i + len(part), part.mean().item())
+               for i, part in enumerate(states[0]["losses"].split(20))]
+    metrics |= {"settings": settings, "digits": digits, "seed": seed, "history": history,
+                "runs": compare_runs(states, to_pixels(data[2]))}
+    text = json.dumps(metrics, indent=1)
+    write_file(out / "metrics.json", lambda file: file.write(text.encode()))
+    print_table(metrics)
+    save(draw_losses(metrics), out, "losses")
+    save(draw_quality(metrics), out, "quality")
+    save(draw_denoising(pictures), out, "denoising")
+    save(draw_generation(pictures["made"]), out, "generation")
+    steps = walk_back(network, ddpm, pictures["clean"][:16])
+    save(draw_reverse(steps, pictures["clean"]), out, "reverse")
+    film(steps, out / "reverse.gif")
+    if len(states) > 3:
+        save(draw_compute(metrics["runs"]), out, "compute")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"figures.py: {message} (--help lists the flags)\n")
-    parser.add_argument("--image", type=Path, default=Path(__file__).parent / "condor.png", metavar="PNG",
-                        help="the picture that goes through the forward process (default: condor.png)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
-                        help="what train.py made, with what lies beside it (default: out/model.pt)")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="folder (default: figures)")
-    flags = parser.parse_args()
-    image, checkpoint = read_image(flags.image), flags.checkpoint or Path("out/model.pt")
-    trained = flags.checkpoint or checkpoint.exists()
-    if trained:
-        model, ddpm = load_checkpoint(checkpoint)
-        try:
-            content = (checkpoint.parent / "metrics.json").read_bytes()
-            metrics, pictures = json.loads(content), torch.load(checkpoint.parent / "pictures.pt", weights_only=True)
-        except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError):
-            raise ValueError(f"{checkpoint.parent} lacks whole metrics.json and pictures.pt, make them with: "
-                             f"python train.py --evaluate {checkpoint}") from None
+    flags = parse_flags()
+    default = [Path("out/model.pt")]
+    paths = flags.checkpoint or [path for path in default if path.exists()]
+    image, data = read_image(flags.image), load_mnist(flags.data)
+    states = [read_checkpoint(path) for path in paths]
+    check(states, data, flags.digits)
     flags.out.mkdir(parents=True, exist_ok=True)
-    save(draw_forward(image), flags.out, "forward")
-    save(draw_schedule(), flags.out, "schedule")
-    if not trained:
-        return print("for the figures of the trained network, run python train.py first")
-    save(draw_losses(metrics), flags.out, "losses")
-    save(draw_denoising(metrics, pictures), flags.out, "denoising")
-    save(draw_quality(metrics), flags.out, "quality")
-    save(draw_reverse(model, ddpm, pictures["clean"][:6]), flags.out, "reverse")
-    save(draw_generation(metrics, pictures), flags.out, "generation")
-    write_file(flags.out / "metrics.json", lambda f: f.write(content))
+    with matplotlib.rc_context(LOOK):
+        draw_without_network(image, data[0], flags.out)
+        if states:
+            measure_and_draw(states, data, flags.digits, flags.seed, flags.out)
+        else:
+            print("the other figures show a trained network: run python train.py first")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        sys.exit(f"figures.py: {error}")
+    run_command(main)
