@@ -29,10 +29,10 @@ from train import pick_device, read_checkpoint, run_command, test_losses, to_pix
 from unet import TimeEmbedding
 
 TIMES = (0.05, 0.125, 0.25, 0.5, 0.75, 1)  # where denoising is measured, as fractions of T
-WALKS = (0.125, 0.25, 0.5, 1)  # from where the reverse process is walked as well: it is slow
+WALKS = (0.25, 0.5, 1)  # from where the reverse process is walked as well: it is slow
 
 # One colour (Okabe and Ito's, safe for the colour-blind) and marker for one thing in all figures.
-SIGNAL, NOISE = "#CC79A7", "#7f7f7f"
+SIGNAL, NOISE, MISREAD = "#CC79A7", "#7f7f7f", "#FFD400"
 STYLES = {
     "noisy": (NOISE, "x", "noisy digit, $x_t/\\sqrt{\\bar{\\alpha}_t}$"),
     "linear": ("#E69F00", "s", "best linear denoiser"),
@@ -97,10 +97,10 @@ def by_time(losses, ddpm):
 
 
 def measure_losses(methods, ddpm, test_x):
-    """The test loss (8) of each method, and by t; the memory is slow and sees 2,000 digits."""
+    """The test loss (8) of each method, and by t; the memory is slow and sees 1,000 digits."""
     metrics = {"test_loss": {}, "loss_by_t": {}}
     for name, model in methods.items():
-        losses = test_losses(model, ddpm, test_x[:2000] if name == "memory" else test_x)
+        losses = test_losses(model, ddpm, test_x[:1000] if name == "memory" else test_x)
         metrics["test_loss"][name] = mean_and_error(losses)
         metrics["loss_by_t"][name] = by_time(losses, ddpm)
     return metrics
@@ -127,6 +127,15 @@ def measure_denoising(methods, reverse, ddpm, x_0, labels, classifier, random):
             metrics[name]["read"].append(mean_and_error(right.float()))
             pictures[name][t] = x, right
     return metrics, pictures
+
+
+def grey_pixels(network, ddpm, x_0, t, random):
+    """Pixels neither black nor white: their share of all, and of the network's loss (8) at t."""
+    grey, eps = x_0.abs() < 1, torch.randn(x_0.shape, generator=random)
+    estimate = network(ddpm.q_sample(x_0, t, eps), torch.full((len(x_0),), t))
+    loss = (eps - estimate).square()
+    return {"t": t, "pixels": grey.float().mean().item(),
+            "loss": (loss[grey].sum() / loss.sum()).item()}
 
 
 def frechet_distance(a, b):
@@ -169,11 +178,13 @@ def measure(network, ddpm, data, digits, seed):
     labels = data[3][chosen[:digits]]
     walks = sum({max(1, round(fraction * ddpm.T)) for fraction in WALKS}) + 2 * ddpm.T
     progress = Progress("reverse process", "steps of a digit", walks * digits)
-    taken = 0
+    taken, path = 0, []
 
     def reverse(x, t=ddpm.T):
         nonlocal taken
-        for _, x in ddpm.p_sample(network, x, t, generator=random):
+        path[:] = [(t, x[:16])]
+        for s, x in ddpm.p_sample(network, x, t, generator=random):
+            path.append((s, x[:16].clone()))
             taken += digits
             if progress.due():
                 progress.show(taken)
@@ -181,19 +192,21 @@ def measure(network, ddpm, data, digits, seed):
 
     metrics["denoising"], pictures = measure_denoising(methods, reverse, ddpm, x_0, labels,
                                                        classifier, random)
+    pictures |= {"clean": x_0, "path": list(path)}
     noise = torch.randn(x_0.shape, generator=random)
     matched = linear.sample(digits, random).float().reshape(x_0.shape)
     made = {"real digits": x_0, "noised digits": pictures["reverse"][ddpm.T][0],
             "matched Gaussian": reverse(ddpm.q_sample(matched, ddpm.T, noise)),
             "N(0, I)": reverse(torch.randn(x_0.shape, generator=random))}
     metrics["generation"] = measure_generation(made, others, classifier)
+    metrics["grey"] = grey_pixels(network, ddpm, x_0, max(1, round(TIMES[0] * ddpm.T)), random)
     a, norms = ddpm.alpha_bar[-1].item(), test_x.square().flatten(1).sum(1)
     metrics["nats"] = {  # KL(q(x_T | x_0) || N(0, I)), and the part of it that the mean image has
         "all": (mean.numel() * (-a - math.log(1 - a)) + a * norms.mean().item()) / 2,
         "mean": a * mean.square().sum().item() / 2}
     metrics["linear"] = dict(zip(("told_t", "not_told_t"), linear_losses(ddpm, mean, cov)))
     metrics["clean"] = mean_and_error((classifier(x_0).argmax(1) == labels).float())
-    return metrics, pictures | {"clean": x_0, "made": made}
+    return metrics, pictures | {"made": made}
 
 
 def compare_runs(states, test_x):
@@ -275,7 +288,7 @@ def new_figure(width, height, rows=1, columns=1, **options):
 def show(axes, picture, frame=None):
     """A picture (channels, H, W), from -1 (black) to 1 (white), in a frame of that colour."""
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-    axes.imshow(pixels.expand(-1, -1, 3), interpolation="nearest")
+    axes.imshow(pixels.expand(-1, -1, 3).numpy(), interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
     axes.spines[:].set(visible=frame is not None, color=frame, linewidth=2.5)
@@ -294,13 +307,13 @@ def draw_forward(image):
             ratio = f"{signal / (1 - signal):,.4g}" if t else "∞"
             show(cells[t], x[0])
             cells[t].set_title(f"$x_{{{t}}}$", fontsize=20)
-            cells[t].set_xlabel(f"$\\sqrt{{\\bar{{\\alpha}}_t}}$ = {signal**0.5:.3f}, "
+            cells[t].set_xlabel(f"$\\sqrt{{\\bar{{\\alpha}}_t}}$ = {signal**0.5:.4f}, "
                                 f"signal : noise = {ratio}", fontsize=15)
     return figure
 
 
 def draw_marginal(images):
-    """Question 1: where the pixels of x_t are, and paths of (1) from one x_0 with (5) around them."""
+    """Question 1: where the pixels of x_t are, and paths of (1) from one x_0 with (5) around."""
     ddpm, random = DDPM(linear_beta()), generator(0)
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplot_mosaic([[0, 30, 100, 200], ["paths"] * 4])
@@ -388,10 +401,10 @@ def draw_schedule():
 
 def draw_embedding():
     """The sines and cosines that the network is given for the time, against t."""
-    waves = TimeEmbedding(64).waves(torch.arange(201))
+    waves = TimeEmbedding(64).waves(torch.arange(201)).numpy()
     figure, axes = new_figure(12, 4)
     picture = axes.imshow(waves.T, aspect="auto", cmap="gray", interpolation="nearest")
-    axes.axhline(31.5, color=REVERSE)
+    axes.axhline(31.5, color="white", linewidth=4)
     axes.set(title="the time as the network is told it", xlabel="t", ylabel="from fast to slow",
              yticks=(16, 48), yticklabels=("sines", "cosines"))
     axes.grid(False)
@@ -401,7 +414,7 @@ def draw_embedding():
 
 def draw_losses(metrics):
     """The training curve, and the test loss (8) of each method by t."""
-    figure, (left, right) = new_figure(12, 4.2, 1, 2)
+    figure, (left, right) = new_figure(14, 4.2, 1, 2)
     steps, losses = zip(*metrics["history"])
     left.loglog(steps, losses, color=NETWORK, label="training, mean over 20 steps")
     final = metrics["test_loss"]["network"][0]
@@ -418,10 +431,11 @@ def draw_losses(metrics):
         right.semilogy(row["t"], row["loss"], color=colour, marker=marker, markersize=4,
                        label=f"{label}: {metrics['test_loss'][name][0]:.3g}")
     ticks = (0.01, 0.03, 0.1, 0.3, 1, 3)
-    right.set(title="test digits, by time (the memory leaves the picture)", xlabel="t",
+    right.set(title="test digits, by time (the memory goes far above)", xlabel="t",
               ylabel="loss (8)", ylim=(0.01, 3), yticks=ticks, yticklabels=ticks)
     right.minorticks_off()
-    right.legend(title="mean over t")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center",
+                  title="test loss, mean over t")
     return figure
 
 
@@ -469,6 +483,8 @@ def draw_quality(metrics):
     left.set(title="how near is the estimate to the clean digit?", xlabel="t",
              ylabel="PSNR in dB (±2 standard errors)")
     left.legend()
+    for axes in left, right:
+        axes.set_xticks(metrics["denoising"]["noisy"]["t"])
     clean = metrics["clean"][0]
     right.axhline(clean, color="black", linestyle=":")
     right.text(row["t"][-1], clean + 0.01, "clean digits", ha="right", fontsize=10)
@@ -506,27 +522,28 @@ def draw_denoising(pictures):
     for name in names:
         rows.append([x for t in times for x in pictures[name][t][0][:4]])
         right = [right for t in times for right in pictures[name][t][1][:4]]
-        frames.append([None if is_right else REVERSE for is_right in right])
+        frames.append([None if is_right else MISREAD for is_right in right])
     labels = ["clean digit"] + [STYLES[name][2] for name in names]
-    return draw_grid(rows, labels, [f"t = {t}" for t in times], 4, frames)
+    figure = draw_grid(rows, labels, [f"t = {t}" for t in times], 4, frames)
+    figure.supxlabel("in a yellow frame: no longer read as the digit that it was", fontsize=12)
+    return figure
 
 
-def walk_back(network, ddpm, x_0):
-    """The reverse process (2) of digits that went to T: (t, x_t, the x̂_0 seen in x_t) for each t."""
-    random = generator(0)
-    x, t = ddpm.q_sample(x_0, ddpm.T, torch.randn(x_0.shape, generator=random)), ddpm.T
+def estimates_on(path, network, ddpm):
+    """(t, x_t, the x̂_0 that the network sees in x_t) for at most 41 times of a path to x_0."""
     steps = []
-    for before, x_before in ddpm.p_sample(network, x, generator=random):
+    for i in torch.linspace(0, len(path) - 1, min(41, len(path))).round().long().tolist():
+        t, x = path[i]
         eps = network(x, torch.full((len(x),), t))
-        steps.append((t, x, ddpm.predict_x0(x, eps, t)))
-        t, x = before, x_before
-    return steps + [(0, x, x)]
+        steps.append((t, x, ddpm.predict_x0(x, eps, t) if t else x))
+    return steps
 
 
 def draw_reverse(steps, x_0):
     """Three digits on their way back, and under each x_t the estimate of x_0 from it."""
-    T = len(steps) - 1
-    shown = [steps[T - round(T * part)] for part in (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.25, 0.1, 0)]
+    last = len(steps) - 1
+    parts = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1)
+    shown = [steps[round(last * part)] for part in parts]
     rows, labels = [], []
     for i in range(3):
         rows.append([x[i] for _, x, _ in shown] + [x_0[i]])
@@ -550,17 +567,18 @@ def montage(x):
 
 def film(steps, path):
     """An animated GIF: 16 digits walk back from x_T, with the estimates of x_0 beside them."""
-    figure, (left, right) = new_figure(4.8, 2.75, 1, 2)
-    shown = steps[::max(1, len(steps) // 40)]
-    shown += [steps[-1]] * 20  # the last one stays for two seconds
+    figure = Figure(figsize=(4.8, 2.65))
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.88, wspace=0.03)
     with tempfile.TemporaryDirectory() as folder:
-        writer = PillowWriter(fps=10)
+        writer = PillowWriter(fps=5)
         with writer.saving(figure, f"{folder}/film.gif", dpi=100):
-            for t, x, estimate in shown:
-                for axes, pictures, title in (left, x, f"$x_t$, t = {t}"), (right, estimate, ""):
+            for t, x, estimate in steps[::2] + 8 * steps[-1:]:  # the last one stays
+                for axes, digits in (left, x), (right, estimate):
                     axes.clear()
-                    show(axes, montage(pictures))
-                    axes.set_title(title or "$\\hat{x}_0$ seen in it")
+                    show(axes, montage(digits))
+                left.set_title(f"$x_t$, t = {t}")
+                right.set_title("$\\hat{x}_0$ seen in it")
                 writer.grab_frame()
         content = Path(f"{folder}/film.gif").read_bytes()
     write_file(path, lambda file: file.write(content))
@@ -613,8 +631,9 @@ def measure_and_draw(states, data, digits, seed, out):
     metrics, pictures = measure(network, ddpm, data, digits, seed)
     history = [(20 * i + len(part), part.mean().item())
                for i, part in enumerate(states[0]["losses"].split(20))]
-    metrics |= {"settings": settings, "digits": digits, "seed": seed, "history": history,
-                "runs": compare_runs(states, to_pixels(data[2]))}
+    metrics |= {"settings": settings, "digits": digits, "seed": seed, "history": history}
+    if len(states) > 1:
+        metrics["runs"] = compare_runs(states, to_pixels(data[2]))
     text = json.dumps(metrics, indent=1)
     write_file(out / "metrics.json", lambda file: file.write(text.encode()))
     print_table(metrics)
@@ -622,7 +641,7 @@ def measure_and_draw(states, data, digits, seed, out):
     save(draw_quality(metrics), out, "quality")
     save(draw_denoising(pictures), out, "denoising")
     save(draw_generation(pictures["made"]), out, "generation")
-    steps = walk_back(network, ddpm, pictures["clean"][:16])
+    steps = estimates_on(pictures["path"], network, ddpm)
     save(draw_reverse(steps, pictures["clean"]), out, "reverse")
     film(steps, out / "reverse.gif")
     if len(states) > 3:

@@ -73,7 +73,10 @@ def parse_flags():
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--resume", action="store_true", help="go on with the run in --out")
     action.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if flags.save_every < 1:
+        parser.error(f"--save-every must be at least 1, got {flags.save_every}")
+    return flags
 
 
 def choose_settings(flags, state=None):
@@ -111,14 +114,16 @@ def check_fit(settings, images, world):
 def pick_device(name=None):
     """The torch.device called name, or cuda if it is there, or cpu."""
     gpus = torch.cuda.device_count()
-    there = {"cpu": True, "cuda": gpus > 0, "mps": torch.backends.mps.is_available()}
     name = name or ("cuda" if gpus else "cpu")
+    there = {"cpu": True, "cuda": gpus > 0, "mps": torch.backends.mps.is_available()}
     if not there[name]:
         raise InputError(f"--device {name}: this machine or this torch has none, try --device cpu")
-    process = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else 0
-    if process and process >= gpus:
+    if name != "cuda":
+        return torch.device(name)
+    process = int(os.environ.get("LOCAL_RANK", 0))
+    if process >= gpus:
         raise InputError(f"each process needs a GPU and here are {gpus}: add --device cpu")
-    return torch.device(name, process)
+    return torch.device("cuda", process)
 
 
 # Data
@@ -474,7 +479,8 @@ def main():
 def run_command(main):
     """main(), ended by one sentence where the user can mend it; a bug keeps its traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # the name of a folder may have what a pipe has not
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")  # a folder's name may have what a pipe can't say
     try:
         main()
     except KeyboardInterrupt as stop:

@@ -125,8 +125,8 @@ class UNet(nn.Module):
     def _check(self, x, t):
         fits = x.dim() == 4 and x.shape[1] == self.in_channels
         if not fits or x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), H and W multiples of "
-                             f"{self.factor}, got {tuple(x.shape)}")
+            raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), H and W multiples "
+                             f"of {self.factor}, got {tuple(x.shape)}")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must have shape ({len(x)},), one time for each picture, "
                              f"got {tuple(t.shape)}")
