@@ -3,11 +3,16 @@ out/figures/ with pictures and metrics.json goes out.
 
     python figures.py                       what needs no network; after python train.py, all
     python figures.py --image photo.png     with another picture than the condor
+    python figures.py --growth              what a step of training costs, at several sizes
 """
+import gzip
 import json
 import math
 import os
+import re
 import signal
+import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -20,6 +25,7 @@ import torch
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 from torch import nn
 
@@ -48,6 +54,11 @@ LOOK = {"font.size": 12, "axes.titlesize": 13, "axes.spines.top": False, "axes.g
 
 # Measuring
 
+def fractions(parts, T):
+    """The times at these parts of T, from 1 up."""
+    return sorted({max(1, round(part * T)) for part in parts})
+
+
 def train_classifier(x, labels, seed):
     """A small network that reads digits; classifier[:-1](x) are the 32 features it decides by."""
     with torch.random.fork_rng(devices=[]):
@@ -61,13 +72,12 @@ def train_classifier(x, labels, seed):
     optimizer = torch.optim.AdamW(classifier.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=len(batches) + 1)
     progress = Progress("classifier", "batches", len(batches))
-    for done, batch in enumerate(batches, start=1):
+    for batch in batches:
         optimizer.zero_grad()
         nn.functional.cross_entropy(classifier(x[batch]), labels[batch]).backward()
         optimizer.step()
         schedule.step()
-        if progress.due():
-            progress.show(done)
+        progress.advance(1)
     return classifier.requires_grad_(False)
 
 
@@ -106,18 +116,27 @@ def measure_losses(methods, ddpm, test_x):
     return metrics
 
 
+def walk_back(network, ddpm, x, t, random, progress):
+    """Where the reverse process (2) leads from x_t: (x_0, [(s, x_s) of 16 of them for each s])."""
+    path = [(t, x[:16])]
+    for s, x in ddpm.p_sample(network, x, t, generator=random):
+        path.append((s, x[:16].clone()))
+        progress.advance(len(x))
+    return x, path
+
+
 def measure_denoising(methods, reverse, ddpm, x_0, labels, classifier, random):
     """The same noisy digits, denoised by each method: (metrics, pictures), by method and t."""
     metrics = {name: {"t": [], "psnr": [], "read": []} for name in STYLES}
-    pictures = {name: {} for name in STYLES}
-    walked = {max(1, round(fraction * ddpm.T)) for fraction in WALKS}
-    for t in sorted({max(1, round(fraction * ddpm.T)) for fraction in TIMES}):
+    pictures = {name: {} for name in STYLES} | {"clean": x_0}
+    walked = fractions(WALKS, ddpm.T)
+    for t in fractions(TIMES, ddpm.T):
         x_t = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=random))
         times = torch.full((len(x_t),), t)
         estimates = {name: ddpm.predict_x0(x_t, model(x_t, times), t)
                      for name, model in methods.items()}
         if t in walked:
-            estimates["reverse"] = reverse(x_t, t)
+            estimates["reverse"], pictures["path"] = reverse(x_t, t)
         for name, x in estimates.items():
             x = x if name == "noisy" else x.clamp(-1, 1)  # where pixels live
             error = (x - x_0).square().flatten(1).mean(1)
@@ -164,6 +183,13 @@ def measure_generation(starts, others, classifier):
     return metrics
 
 
+def nats_from_standard(ddpm, x_0, mean):
+    """KL(q(x_T | x_0) || N(0, I)), a mean over digits; and the part that their mean image has."""
+    a, norms = ddpm.alpha_bar[-1].item(), x_0.square().flatten(1).sum(1)
+    return {"all": (mean.numel() * (-a - math.log(1 - a)) + a * norms.mean().item()) / 2,
+            "mean": a * mean.square().sum().item() / 2}
+
+
 def measure(network, ddpm, data, digits, seed):
     """All of it: (metrics, pictures). data: of load_mnist(); network: called like the UNet."""
     train_x, test_x, random = to_pixels(data[0]), to_pixels(data[2]), generator(seed, 0)
@@ -176,37 +202,26 @@ def measure(network, ddpm, data, digits, seed):
     chosen = torch.randperm(len(test_x), generator=random)
     x_0, others = test_x[chosen[:digits]], test_x[chosen[digits:]]
     labels = data[3][chosen[:digits]]
-    walks = sum({max(1, round(fraction * ddpm.T)) for fraction in WALKS}) + 2 * ddpm.T
+    walks = sum(fractions(WALKS, ddpm.T)) + 2 * ddpm.T
     progress = Progress("reverse process", "steps of a digit", walks * digits)
-    taken, path = 0, []
 
     def reverse(x, t=ddpm.T):
-        nonlocal taken
-        path[:] = [(t, x[:16])]
-        for s, x in ddpm.p_sample(network, x, t, generator=random):
-            path.append((s, x[:16].clone()))
-            taken += digits
-            if progress.due():
-                progress.show(taken)
-        return x
+        return walk_back(network, ddpm, x, t, random, progress)
 
     metrics["denoising"], pictures = measure_denoising(methods, reverse, ddpm, x_0, labels,
                                                        classifier, random)
-    pictures |= {"clean": x_0, "path": list(path)}
     noise = torch.randn(x_0.shape, generator=random)
     matched = linear.sample(digits, random).float().reshape(x_0.shape)
-    made = {"real digits": x_0, "noised digits": pictures["reverse"][ddpm.T][0],
-            "matched Gaussian": reverse(ddpm.q_sample(matched, ddpm.T, noise)),
-            "N(0, I)": reverse(torch.randn(x_0.shape, generator=random))}
-    metrics["generation"] = measure_generation(made, others, classifier)
-    metrics["grey"] = grey_pixels(network, ddpm, x_0, max(1, round(TIMES[0] * ddpm.T)), random)
-    a, norms = ddpm.alpha_bar[-1].item(), test_x.square().flatten(1).sum(1)
-    metrics["nats"] = {  # KL(q(x_T | x_0) || N(0, I)), and the part of it that the mean image has
-        "all": (mean.numel() * (-a - math.log(1 - a)) + a * norms.mean().item()) / 2,
-        "mean": a * mean.square().sum().item() / 2}
+    pictures["made"] = {
+        "real digits": x_0, "noised digits": pictures["reverse"][ddpm.T][0],
+        "matched Gaussian": reverse(ddpm.q_sample(matched, ddpm.T, noise))[0],
+        "N(0, I)": reverse(torch.randn(x_0.shape, generator=random))[0]}
+    metrics["generation"] = measure_generation(pictures["made"], others, classifier)
+    metrics["grey"] = grey_pixels(network, ddpm, x_0, fractions(TIMES, ddpm.T)[0], random)
+    metrics["nats"] = nats_from_standard(ddpm, test_x, mean)
     metrics["linear"] = dict(zip(("told_t", "not_told_t"), linear_losses(ddpm, mean, cov)))
     metrics["clean"] = mean_and_error((classifier(x_0).argmax(1) == labels).float())
-    return metrics, pictures | {"made": made}
+    return metrics, pictures
 
 
 def compare_runs(states, test_x):
@@ -221,6 +236,11 @@ def compare_runs(states, test_x):
     return runs
 
 
+def like_the_default(runs):
+    """Those that are told t and learn by Muon."""
+    return [run for run in runs if run["settings"]["told_t"] and run["settings"]["muon"]]
+
+
 def fit_limit(runs):
     """(a, b, c): the loss a + b / steps^c that is nearest to those of the runs; a is its limit."""
     steps, losses = torch.tensor([(run["settings"]["steps"], run["loss"][0]) for run in runs]).T
@@ -231,6 +251,55 @@ def fit_limit(runs):
         rest = (powers @ torch.tensor([a, b]).double() - losses).square().sum().item()
         fits.append((rest, a, b, c))
     return min(fits)[1:]
+
+
+GROWTH = {  # one setting changed at a time: flags of train.py
+    "the default": [],
+    "batch 8": ["--batch-size", "8"],
+    "batch 128": ["--batch-size", "128"],
+    "batch 512": ["--batch-size", "512"],
+    "T = 1000": ["--timesteps", "1000"],
+    "56 x 56 pixels": ["--data", "56"],
+    "half as wide": ["--channels", "8", "16", "32"],
+    "twice as wide": ["--channels", "32", "64", "128"],
+    "AdamW alone": ["--muon", "0"],
+    "two processes": ["--device", "cpu"],
+}
+
+
+def measure_growth(images):
+    """{name: {"seconds" a step, "megabytes" at most in a process}}, by short runs of train.py."""
+    if not hasattr(os, "wait4"):
+        raise InputError("--growth needs Linux, which tells the memory of a process that ended")
+    rows, here = {}, Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        write_digits(Path(folder, "28"), images)
+        write_digits(Path(folder, "56"), enlarge(images, 2))
+        for name, flags in GROWTH.items():
+            several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            run = [sys.executable] + several * (name == "two processes") + [here / "train.py"]
+            run += ["--steps", "30", "--data", "28", "--overwrite"] + flags
+            process = subprocess.Popen(run, cwd=folder, stdout=subprocess.PIPE)
+            speed = re.findall(r"steps, (\S+)/s", process.stdout.read().decode())[-1]
+            _, _, usage = os.wait4(process.pid, 0)
+            rows[name] = {"seconds": 1 / float(speed), "megabytes": usage.ru_maxrss / 1024}
+            print(f"{name:16}{rows[name]['seconds']:8.3f} s a step"
+                  f"{rows[name]['megabytes']:8.0f} MB", flush=True)
+    return rows
+
+
+def enlarge(images, times):
+    return images.repeat_interleave(times, 2).repeat_interleave(times, 3)
+
+
+def write_digits(folder, images):
+    """A data set for train.py: all the images to train on and the first hundred to test."""
+    folder.mkdir()
+    for split, x in ("train", images), ("t10k", images[:100]):
+        for kind, array in ("images-idx3", x[:, 0]), ("labels-idx1", x[:, 0, 0, 0]):
+            header = torch.tensor([0x800 + array.dim(), *array.shape]).numpy().astype(">u4")
+            content = gzip.compress(header.tobytes() + array.numpy().tobytes(), 1)
+            Path(folder, f"{split}-{kind}-ubyte.gz").write_bytes(content)
 
 
 def in_hundreds(model):
@@ -285,13 +354,13 @@ def new_figure(width, height, rows=1, columns=1, **options):
     return figure, figure.subplots(rows, columns, **options)
 
 
-def show(axes, picture, frame=None):
-    """A picture (channels, H, W), from -1 (black) to 1 (white), in a frame of that colour."""
+def show(axes, picture):
+    """A picture (channels, H, W), from -1 (black) to 1 (white)."""
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     axes.imshow(pixels.expand(-1, -1, 3).numpy(), interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
-    axes.spines[:].set(visible=frame is not None, color=frame, linewidth=2.5)
+    axes.spines[:].set_visible(False)
 
 
 def draw_forward(image):
@@ -442,7 +511,7 @@ def draw_losses(metrics):
 def draw_compute(runs):
     """The test loss of runs of several lengths with its fit, and of a run that is not told t."""
     figure, (left, right) = new_figure(12, 4.2, 1, 2)
-    told = [run for run in runs if run["settings"]["told_t"]]
+    told = like_the_default(runs)
     a, b, c = fit_limit(told)
     ticks = sorted(run["settings"]["steps"] for run in told)
     steps = torch.logspace(math.log10(ticks[0]), math.log10(4 * ticks[-1]), 99)
@@ -496,35 +565,36 @@ def draw_quality(metrics):
 
 def draw_grid(rows, labels, titles, each=1, frames=None):
     """Rows of pictures, a label at the left of each, a title over each group of `each` columns."""
-    columns, lines = len(rows[0]) + len(titles) - 1, len(rows)  # a narrow column between groups
-    widths = [1 if (column + 1) % (each + 1) else 0.35 for column in range(columns)]
-    figure, axes = new_figure(2.4 + 0.72 * sum(widths), 0.5 + 0.76 * lines, lines, columns,
-                              squeeze=False, width_ratios=widths)
-    for cell in axes.flat:
-        cell.set_axis_off()
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            cell = axes[i, j + j // each]
-            cell.set_axis_on()
-            show(cell, picture, frames[i][j] if frames else None)
-        axes[i, 0].set_ylabel(labels[i], rotation=0, ha="right", va="center")
-    for i, title in enumerate(titles):
-        centre = axes[0, i * (each + 1) + each // 2]
-        centre.set_title(title, loc="center" if each % 2 else "left", ha="center")
+    _, height, width = rows[0][0].shape
+    gap = width // 9
+    top = [i * (height + gap) + gap for i in range(len(rows))]
+    left = [j * (width + gap) + gap + j // each * 2 * gap for j in range(len(rows[0]))]
+    page = torch.ones(1, top[-1] + height + gap, left[-1] + width + gap)
+    for y, row in zip(top, rows):
+        for x, picture in zip(left, row):
+            page[:, y:y + height, x:x + width] = picture
+    figure, axes = new_figure(3.4 + 0.026 * page.shape[2], 0.9 + 0.026 * page.shape[1])
+    show(axes, page)
+    axes.set_yticks([y + height / 2 for y in top], labels)
+    middles = [(left[i] + left[i + each - 1] + width) / 2 for i in range(0, len(left), each)]
+    axes.set_xticks(middles, titles)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    for i, j in frames or []:
+        axes.add_patch(Rectangle((left[j] - 1.5, top[i] - 1.5), width + 2, height + 2, fill=False,
+                                 color=MISREAD, linewidth=3))
     return figure
 
 
 def draw_denoising(pictures):
     """Test digits, noisy at several t, and what each method makes of them; misread ones framed."""
     times, names = list(pictures["reverse"])[-3:], list(STYLES)
-    rows = [[x for _ in times for x in pictures["clean"][:4]]]
-    frames = [[None] * len(rows[0])]
-    for name in names:
+    rows, misread = [[x for _ in times for x in pictures["clean"][:4]]], []
+    for i, name in enumerate(names, start=1):
         rows.append([x for t in times for x in pictures[name][t][0][:4]])
         right = [right for t in times for right in pictures[name][t][1][:4]]
-        frames.append([None if is_right else MISREAD for is_right in right])
+        misread += [(i, j) for j, is_right in enumerate(right) if not is_right]
     labels = ["clean digit"] + [STYLES[name][2] for name in names]
-    figure = draw_grid(rows, labels, [f"t = {t}" for t in times], 4, frames)
+    figure = draw_grid(rows, labels, [f"t = {t}" for t in times], 4, misread)
     figure.supxlabel("in a yellow frame: no longer read as the digit that it was", fontsize=12)
     return figure
 
@@ -543,13 +613,13 @@ def draw_reverse(steps, x_0):
     """Three digits on their way back, and under each x_t the estimate of x_0 from it."""
     last = len(steps) - 1
     parts = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1)
-    shown = [steps[round(last * part)] for part in parts]
+    columns = [steps[round(last * part)] for part in parts]
     rows, labels = [], []
     for i in range(3):
-        rows.append([x[i] for _, x, _ in shown] + [x_0[i]])
-        rows.append([estimate[i] for _, _, estimate in shown] + [x_0[i]])
+        rows.append([x[i] for _, x, _ in columns] + [x_0[i]])
+        rows.append([estimate[i] for _, _, estimate in columns] + [x_0[i]])
         labels += ["$x_t$", "$\\hat{x}_0$ seen in it"]
-    titles = [f"t = {t}" for t, _, _ in shown[:-1]]
+    titles = [f"t = {t}" for t, _, _ in columns[:-1]]
     return draw_grid(rows, labels, titles + ["result", "original"])
 
 
@@ -586,10 +656,16 @@ def film(steps, path):
 
 
 def save(figure, folder, name):
-    for kind, about in ("png", {}), ("pdf", {"CreationDate": None}):
+    for kind, metadata in ("png", {}), ("pdf", {"CreationDate": None}):
         write_file(folder / f"{name}.{kind}",
-                   lambda file: figure.savefig(file, format=kind, dpi=150, metadata=about))
+                   lambda file: figure.savefig(file, format=kind, dpi=150, metadata=metadata,
+                                               bbox_inches="tight"))
     print(folder / f"{name}.png")
+
+
+def save_numbers(numbers, path):
+    text = json.dumps(numbers, indent=1)
+    write_file(path, lambda file: file.write(text.encode()))
 
 
 def parse_flags():
@@ -604,7 +680,12 @@ def parse_flags():
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("out/figures"), metavar="DIR",
                         help="folder for the figures (default: out/figures)")
-    return parser.parse_args()
+    parser.add_argument("--growth", action="store_true",
+                        help="measure what a step of training costs, and no more")
+    flags = parser.parse_args()
+    if not 0 <= flags.seed < 2**32:
+        parser.error(f"--seed must be from 0 to {2**32 - 1}, got {flags.seed}")
+    return flags
 
 
 def check(states, data, digits):
@@ -634,8 +715,7 @@ def measure_and_draw(states, data, digits, seed, out):
     metrics |= {"settings": settings, "digits": digits, "seed": seed, "history": history}
     if len(states) > 1:
         metrics["runs"] = compare_runs(states, to_pixels(data[2]))
-    text = json.dumps(metrics, indent=1)
-    write_file(out / "metrics.json", lambda file: file.write(text.encode()))
+    save_numbers(metrics, out / "metrics.json")
     print_table(metrics)
     save(draw_losses(metrics), out, "losses")
     save(draw_quality(metrics), out, "quality")
@@ -656,6 +736,9 @@ def main():
     states = [read_checkpoint(path) for path in paths]
     check(states, data, flags.digits)
     flags.out.mkdir(parents=True, exist_ok=True)
+    if flags.growth:
+        save_numbers(measure_growth(data[0][:2000]), flags.out / "growth.json")
+        return
     with matplotlib.rc_context(LOOK):
         draw_without_network(image, data[0], flags.out)
         if states:

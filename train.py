@@ -35,12 +35,13 @@ from unet import UNet
 # Settings
 
 SETTINGS = {  # what defines a run and is saved with it: default, lowest, highest, meaning
-    "steps": (2400, 1, 10**8, "gradient steps"),
+    "steps": (2000, 1, 10**8, "gradient steps"),
     "batch_size": (32, 1, 10**5, "digits in a step, over all processes"),
     "lr": (1e-2, 1e-8, 1.0, "highest learning rate"),
     "timesteps": (200, 1, 10**5, "T, the steps of the forward process"),
     "channels": ([16, 32, 64], 4, 4096, "widths of the UNet, from full resolution down"),
     "told_t": (1, 0, 1, "is the network told the time? 1: yes, as the sheet asks; 0: no"),
+    "muon": (1, 0, 1, "do the 3x3 kernels learn by Muon? 1: yes; 0: no, by AdamW as the rest"),
     "seed": (0, 0, 2**32 - 1, "seed of everything random"),
 }
 MNIST = Path(__file__).parent / "mnist"
@@ -164,9 +165,9 @@ def to_pixels(images):
     return images.float() / 127.5 - 1
 
 
-def draw_digits(images, number, random):
+def draw_digits(images, count, random):
     """That many of the images, each drawn uniformly from all of them, as pixels."""
-    return to_pixels(images[torch.randint(len(images), (number,), generator=random)])
+    return to_pixels(images[torch.randint(len(images), (count,), generator=random)])
 
 
 def generator(*key):
@@ -241,7 +242,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, kernels, lr):
-        super().__init__(kernels, {"lr": lr})
+        super().__init__([{"params": kernels}], {"lr": lr})
 
     @torch.no_grad()
     def step(self):
@@ -267,9 +268,10 @@ def orthogonal(matrix):
     return x
 
 
-def new_optimizers(model, lr):
+def new_optimizers(model, lr, muon=True):
     """Muon for the 3x3 kernels inside; AdamW for the rest, the first and the last kernel too."""
-    kernels = [p for p in model.parameters() if p.shape[2:] == (3, 3) and min(p.shape[:2]) > 3]
+    inside = [p for p in model.parameters() if p.shape[2:] == (3, 3) and min(p.shape[:2]) > 3]
+    kernels = inside if muon else []
     others = [p for p in model.parameters() if all(p is not kernel for kernel in kernels)]
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
     return [Muon(kernels, lr), adamw]
@@ -307,16 +309,22 @@ class Progress:
     """
 
     def __init__(self, task, unit, total, done=0):
-        self.task, self.unit, self.total, self.first = task, unit, total, done
-        self.start = self.shown = time.perf_counter()
+        self.task, self.unit, self.total = task, unit, total
+        self.first = self.done = done
+        self.start = self.last = time.perf_counter()
         self.pause = 0.5 if sys.stdout.isatty() else 5
 
+    def advance(self, steps):
+        self.done += steps
+        if self.due():
+            self.show(self.done)
+
     def due(self):
-        return time.perf_counter() > self.shown + self.pause
+        return time.perf_counter() > self.last + self.pause
 
     def show(self, done, text=""):
-        self.shown = time.perf_counter()
-        speed = (done - self.first) / (self.shown - self.start)
+        self.last = time.perf_counter()
+        speed = (done - self.first) / (self.last - self.start)
         left = (self.total - done) / speed
         line = (f"{self.task}: {done}/{self.total} {self.unit}, {speed:.4g}/s, {left:.0f} s left"
                 f"{text}")[:79]
@@ -350,7 +358,7 @@ def begin(settings, device, state=None):
         torch.manual_seed(settings["seed"])
         model = new_network(settings).to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizers = new_optimizers(model, settings["lr"])
+    optimizers = new_optimizers(model, settings["lr"], settings["muon"])
     losses = torch.zeros(settings["steps"], device=device)
     if not state:
         return model, average, optimizers, losses, 0
@@ -410,8 +418,7 @@ def test_losses(model, ddpm, x_0):
     for chunk in torch.arange(len(x_0)).split(100):
         error = model(x_t[chunk], t[chunk]) - eps[chunk]
         losses.append(error.square().flatten(1).mean(1))
-        if progress.due():
-            progress.show(chunk[-1] + 1)
+        progress.advance(len(chunk))
     return torch.cat(losses)
 
 

@@ -52,8 +52,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, time):
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
-        h = self.norm(self.conv1(x))
-        h = torch.addcmul(shift, h, 1 + scale)  # h * (1 + scale) + shift, in one pass over memory
+        h = self.norm(self.conv1(x)) * (1 + scale) + shift
         return self.shortcut(x) + self.conv2(F.silu(h))
 
 
