@@ -265,20 +265,21 @@ GROWTH = {  # one setting changed at a time: flags of train.py
     "AdamW alone": ["--muon", "0"],
     "two processes": ["--device", "cpu"],
 }
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def measure_growth(images):
     """{name: {"seconds" a step, "megabytes" of the largest process}}: the faster of two runs."""
-    if not hasattr(os, "wait4"):
-        raise InputError("--growth needs Linux, which tells the memory of a process that ended")
+    if sys.platform != "linux":
+        raise InputError("--growth needs Linux, which tells in kB what a process that ended took")
     rows, here = {}, Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         write_digits(Path(folder, "28"), images)
         write_digits(Path(folder, "56"), enlarge(images, 2))
         for name, flags in 2 * list(GROWTH.items()):
-            several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-            run = [sys.executable] + several * (name == "two processes") + [here / "train.py"]
-            run += ["--steps", "30", "--data", "28", "--overwrite"] + flags
+            launcher = TORCHRUN if name == "two processes" else []
+            run = [sys.executable, *launcher, here / "train.py", "--steps", "30", "--data", "28",
+                   "--overwrite", *flags]
             process = subprocess.Popen(run, cwd=folder, stdout=subprocess.PIPE)
             speed = re.findall(r"steps, (\S+)/s", process.stdout.read().decode())[-1]
             _, _, usage = os.wait4(process.pid, 0)

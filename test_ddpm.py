@@ -1257,7 +1257,7 @@ def test_figures_draws_a_network_beside_others_and_leaves_the_runs_as_they_were(
     assert listing(finished) == before
 
 
-@pytest.mark.skipif(not hasattr(os, "wait4"), reason="this system doesn't tell the memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="--growth needs Linux")
 def test_growth_is_measured_by_short_runs_each_with_its_own_memory(monkeypatch, capsys):
     monkeypatch.setattr(figures, "GROWTH", {"small": ["--channels", "4", "--batch-size", "1"]})
     row = figures.measure_growth(BARS)["small"]
