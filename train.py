@@ -162,7 +162,7 @@ def load_mnist(folder):
 
 def to_pixels(images):
     """uint8 0..255 to float -1..1."""
-    return images.float() / 127.5 - 1
+    return images.float().div_(127.5).sub_(1)
 
 
 def draw_digits(images, count, random):
@@ -412,13 +412,12 @@ def check_finite(norm, step):
 def test_losses(model, ddpm, x_0):
     """The loss (8) of each of the digits x_0, (N,): t = 1..T in turn, and always the same noise."""
     t = 1 + torch.arange(len(x_0)) % ddpm.T
-    eps = torch.randn(x_0.shape, generator=generator(0))
-    x_t, losses = ddpm.q_sample(x_0, t, eps), []
-    progress = Progress("test loss", "digits", len(x_0))
-    for chunk in torch.arange(len(x_0)).split(100):
-        error = model(x_t[chunk], t[chunk]) - eps[chunk]
+    noise = torch.randn(x_0.shape, generator=generator(0))
+    losses, progress = [], Progress("test loss", "digits", len(x_0))
+    for x, t, eps in zip(x_0.split(100), t.split(100), noise.split(100)):
+        error = model(ddpm.q_sample(x, t, eps), t) - eps
         losses.append(error.square().flatten(1).mean(1))
-        progress.advance(len(chunk))
+        progress.advance(len(x))
     return torch.cat(losses)
 
 
