@@ -1523,6 +1523,10 @@ def phrases_of_the_readme(metrics, growth):
     yield f"$x_{{200}}$: {snr[1]:.2f} times as much signal"
     yield f"equal near $t = {(d.alpha_bar - 0.5).abs().argmin()}$"
     yield f"$\\bar\\alpha_T = {d.alpha_bar[-1]:.6f}$"
+    of_ho = DDPM(torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 200)]))
+    yield f"which makes it ${of_ho.alpha_bar[-1]:.6f}$"
+    yield f"$\\sqrt{{\\bar\\alpha_T}} = {d.alpha_bar[-1].sqrt():.2f}$"
+    yield f"$\\bar\\alpha_T = {1e5 * DDPM(linear_beta(1000)).alpha_bar[-1]:.0f}\\cdot10^{{-5}}$"
     yield f"{told['parameters']:,} parameters"
     runs, adamw = {run["settings"]["steps"]: run for run in metrics["runs"]}, metrics["runs"][2]
     yield f"`--muon 0 --lr {adamw['settings']['lr']}`"
