@@ -21,6 +21,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the program ends, without a traceback
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages from Linux: 10 % faster
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
@@ -106,13 +107,18 @@ def by_time(losses, ddpm):
             "loss": [losses[i].mean().item() for i in spans]}
 
 
+def measure_loss(model, ddpm, x_0):
+    """The test loss (8) with its standard error, and by t."""
+    losses = test_losses(model, ddpm, x_0)
+    return {"loss": mean_and_error(losses), "by_t": by_time(losses, ddpm)}
+
+
 def measure_losses(methods, ddpm, test_x):
     """The test loss (8) of each method, and by t; the memory is slow and sees 1,000 digits."""
     metrics = {"test_loss": {}, "loss_by_t": {}}
     for name, model in methods.items():
-        losses = test_losses(model, ddpm, test_x[:1000] if name == "memory" else test_x)
-        metrics["test_loss"][name] = mean_and_error(losses)
-        metrics["loss_by_t"][name] = by_time(losses, ddpm)
+        row = measure_loss(model, ddpm, test_x[:1000] if name == "memory" else test_x)
+        metrics["test_loss"][name], metrics["loss_by_t"][name] = row["loss"], row["by_t"]
     return metrics
 
 
@@ -224,16 +230,15 @@ def measure(network, ddpm, data, digits, seed):
     return metrics, pictures
 
 
-def compare_runs(states, test_x):
-    """The test loss of each run, alone and by t."""
-    runs = []
-    for state in states:
+def compare_runs(states, metrics, test_x):
+    """The test loss of each run, alone and by t; that of the first is in the metrics already."""
+    rows = [{"loss": metrics["test_loss"]["network"], "by_t": metrics["loss_by_t"]["network"]}]
+    for state in states[1:]:
         ddpm = DDPM(linear_beta(state["settings"]["timesteps"]))
-        losses = test_losses(in_hundreds(state["network"]), ddpm, test_x)
-        runs.append({"settings": state["settings"], "loss": mean_and_error(losses),
-                     "parameters": sum(p.numel() for p in state["network"].parameters()),
-                     "by_t": by_time(losses, ddpm)})
-    return runs
+        rows.append(measure_loss(in_hundreds(state["network"]), ddpm, test_x))
+    return [row | {"settings": state["settings"],
+                   "parameters": sum(p.numel() for p in state["network"].parameters())}
+            for state, row in zip(states, rows)]
 
 
 def like_the_default(runs):
@@ -293,14 +298,18 @@ def enlarge(images, times):
     return images.repeat_interleave(times, 2).repeat_interleave(times, 3)
 
 
+def write_idx(path, array):
+    """An array of 0..255 as a gzipped IDX file of bytes."""
+    header = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0))
+
+
 def write_digits(folder, images):
     """A data set for train.py: all the images to train on and the first hundred to test."""
     folder.mkdir()
-    for split, x in ("train", images), ("t10k", images[:100]):
-        for kind, array in ("images-idx3", x[:, 0]), ("labels-idx1", x[:, 0, 0, 0]):
-            header = torch.tensor([0x800 + array.dim(), *array.shape]).numpy().astype(">u4")
-            content = gzip.compress(header.tobytes() + array.numpy().tobytes(), 1)
-            Path(folder, f"{split}-{kind}-ubyte.gz").write_bytes(content)
+    for split, x in ("train", images.numpy()), ("t10k", images[:100].numpy()):
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", x[:, 0])
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", x[:, 0, 0, 0])
 
 
 def in_hundreds(model):
@@ -482,6 +491,12 @@ def draw_embedding():
     return figure
 
 
+def plain_ticks(axis, ticks):
+    """On a logarithmic axis, these numbers as a person writes them, and no others."""
+    axis.set_ticks(ticks, labels=ticks)
+    axis.set_ticks([], minor=True)
+
+
 def draw_losses(metrics):
     """The training curve, and the test loss (8) of each method by t."""
     figure, (left, right) = new_figure(14, 4.2, 1, 2)
@@ -489,21 +504,19 @@ def draw_losses(metrics):
     left.loglog(steps, losses, color=NETWORK, label="training, mean over 20 steps")
     final = metrics["test_loss"]["network"][0]
     left.axhline(final, color="black", linestyle=":", label=f"test loss at the end: {final:.4f}")
-    ticks = (0.04, 0.05, 0.07, 0.1, 0.2, 0.5, 1)
-    left.set(title="training", xlabel="step", ylabel="loss (8)", yticks=ticks, yticklabels=ticks)
-    ticks = [step for step in (20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if step <= steps[-1]]
-    left.set(xticks=ticks, xticklabels=ticks)
-    left.minorticks_off()
+    left.set(title="training", xlabel="step", ylabel="loss (8)")
+    plain_ticks(left.yaxis, (0.04, 0.05, 0.07, 0.1, 0.2, 0.5, 1))
+    ticks = (20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+    plain_ticks(left.xaxis, [step for step in ticks if step <= steps[-1]])
     left.legend()
     for name, row in metrics["loss_by_t"].items():
         colour, marker, label = STYLES[name]
         label = "nothing, $\\epsilon_\\theta = 0$" if name == "noisy" else label.split(",")[0]
         right.semilogy(row["t"], row["loss"], color=colour, marker=marker, markersize=4,
                        label=f"{label}: {metrics['test_loss'][name][0]:.3g}")
-    ticks = (0.01, 0.03, 0.1, 0.3, 1, 3)
     right.set(title="test digits, by time (the memory goes far above)", xlabel="t",
-              ylabel="loss (8)", ylim=(0.01, 3), yticks=ticks, yticklabels=ticks)
-    right.minorticks_off()
+              ylabel="loss (8)", ylim=(0.01, 3))
+    plain_ticks(right.yaxis, (0.01, 0.03, 0.1, 0.3, 1, 3))
     figure.legend(*right.get_legend_handles_labels(), loc="outside right center",
                   title="test loss, mean over t")
     return figure
@@ -525,18 +538,16 @@ def draw_compute(runs):
     left.axhline(a, color="black", linestyle=":", label=f"its limit, {a:.4f}")
     left.set_xscale("log")
     left.set(title="longer runs (±2 standard errors)", xlabel="steps of the run",
-             ylabel="test loss (8) at its end", xticks=ticks, xticklabels=ticks)
-    left.minorticks_off()
+             ylabel="test loss (8) at its end")
+    plain_ticks(left.xaxis, ticks)
     left.legend()
     for run in runs:
         if run["settings"]["steps"] == runs[0]["settings"]["steps"]:
             style, label = ("-o", "told t") if run["settings"]["told_t"] else ("--x", "not told t")
             right.semilogy(run["by_t"]["t"], run["by_t"]["loss"], style, color=NETWORK,
                            markersize=5, label=f"{label}: {run['loss'][0]:.4f}")
-    ticks = (0.02, 0.03, 0.05, 0.1)
-    right.set(title="must the network be told t?", xlabel="t", ylabel="test loss (8)", yticks=ticks,
-              yticklabels=ticks)
-    right.minorticks_off()
+    right.set(title="must the network be told t?", xlabel="t", ylabel="test loss (8)")
+    plain_ticks(right.yaxis, (0.02, 0.03, 0.05, 0.1))
     right.legend()
     return figure
 
@@ -713,7 +724,7 @@ def measure_and_draw(states, data, digits, seed, out):
     metrics, pictures = measure(network, ddpm, data, digits, seed)
     history = [(20 * i + len(part), part.mean().item())
                for i, part in enumerate(states[0]["losses"].split(20))]
-    runs = compare_runs(states, to_pixels(data[2])) if len(states) > 1 else []
+    runs = compare_runs(states, metrics, to_pixels(data[2])) if len(states) > 1 else []
     metrics |= {"settings": settings, "digits": digits, "seed": seed, "history": history,
                 "runs": runs}
     save_numbers(metrics, out / "metrics.json")

@@ -525,6 +525,7 @@ def test_the_loss_that_the_mistakes_are_made_in_is_right_without_them(c):
 
 
 HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def network(channels=(4, 8), seed=0, **options):
@@ -583,11 +584,10 @@ def test_the_drawing_of_the_unet_has_the_widths_and_the_sides_of_its_levels():
     for level in net.down:
         level[-1].register_forward_hook(lambda _, inputs, h: sides.append(tuple(h.shape[1:])))
     net(torch.zeros(1, 1, 28, 28), torch.ones(1))
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
     for shape in sides:
         line = next(line for line in UNet.__doc__.splitlines()
                     if line.endswith("{} x {} x {}".format(*shape)))
-        assert line.strip() in readme
+        assert line.strip() in README
 
 
 def test_a_residual_block_adds_a_normalised_correction():
@@ -835,19 +835,14 @@ def wait_for(path, process, earlier=None):
         time.sleep(0.02)
 
 
-def write_idx(path, array):
-    header = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0))
-
-
 def write_data(folder, train=60, test=40, side=8, seed=0):
     """Bright bars on black, one for each label: a data set with the names of MNIST."""
     folder.mkdir(exist_ok=True)
     for split, n in ("train", train), ("t10k", test):
         labels = np.random.default_rng(seed + n).integers(0, min(side, 10), n)
         images = 255 * np.eye(side)[labels][:, :, None].repeat(side, 2)
-        write_idx(folder / f"{split}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
+        figures.write_idx(folder / f"{split}-images-idx3-ubyte.gz", images)
+        figures.write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
     return folder
 
 
@@ -984,7 +979,6 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(finished, tmp_path):
 def test_a_stopped_run_goes_on_with_another_number_of_processes(finished, tmp_path):
     """Begun by one, stopped, gone on with by two, stopped, ended by one."""
     data, path = ["--data", finished / "data"], tmp_path / CHECKPOINT
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = start(HERE / "train.py", *SMALL, "--steps", 300, "--save-every", 1, *data,
                 folder=tmp_path)
     wait_for(path, run)
@@ -992,8 +986,8 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(finished, tmp_pa
     finish(run)
     by_one = train.read_checkpoint(path)["step"]
     earlier = train.version(path)
-    run = start(*two, HERE / "train.py", "--resume", "--save-every", 1, "--device", "cpu", *data,
-                folder=tmp_path)
+    run = start(*figures.TORCHRUN, HERE / "train.py", "--resume", "--save-every", 1,
+                "--device", "cpu", *data, folder=tmp_path)
     wait_for(path, run, earlier)
     run.terminate()
     finish(run)
@@ -1426,6 +1420,10 @@ def flip(name):
     return spoil
 
 
+def write_images(folder, shape):
+    figures.write_idx(folder / IMAGES_FILE, np.zeros(shape))
+
+
 NEW, RESUME = "train.py --data data --out new", "train.py --data data --resume"
 DRAW = "figures.py --data data --digits 16"
 REFUSED = [
@@ -1441,10 +1439,10 @@ REFUSED = [
     (NEW, IMAGES_FILE, replace(IMAGES_FILE, b"hello")),
     (NEW, IMAGES_FILE, replace(IMAGES_FILE, gzip.compress(b"hello"))),
     (NEW, IMAGES_FILE, replace(IMAGES_FILE, gzip.compress(b"?" * 40))),
-    (NEW, IMAGES_FILE, lambda folder: write_idx(folder / IMAGES_FILE, np.zeros((0, 8, 8)))),
-    (NEW, IMAGES_FILE, lambda folder: write_idx(folder / IMAGES_FILE, np.zeros((9, 8, 8, 3)))),
-    (NEW, "label", lambda folder: write_idx(folder / IMAGES_FILE, np.zeros((5, 8, 8)))),
-    (NEW, "one size", lambda folder: write_idx(folder / IMAGES_FILE, np.zeros((60, 8, 9)))),
+    (NEW, IMAGES_FILE, lambda folder: write_images(folder, (0, 8, 8))),
+    (NEW, IMAGES_FILE, lambda folder: write_images(folder, (9, 8, 8, 3))),
+    (NEW, "label", lambda folder: write_images(folder, (5, 8, 8))),
+    (NEW, "one size", lambda folder: write_images(folder, (60, 8, 9))),
     (f"{NEW} --channels 4 8 8 8 8", "can't be halved 4 times", None),
     ("train.py --data data --out data/train-labels-idx1-ubyte.gz/x", "labels-idx1", None),
     ("train.py --resume --out fresh", "fresh", None),
@@ -1482,9 +1480,6 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(
 
 
 # The text
-
-
-README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def rounded(value, error):

@@ -317,18 +317,18 @@ class Progress:
     def advance(self, steps):
         self.done += steps
         if self.due():
-            self.show(self.done)
+            self.show()
 
     def due(self):
         return time.perf_counter() > self.last + self.pause
 
-    def show(self, done, text=""):
+    def show(self, text=""):
         self.last = time.perf_counter()
-        speed = (done - self.first) / (self.last - self.start)
-        left = (self.total - done) / speed
-        line = (f"{self.task}: {done}/{self.total} {self.unit}, {speed:.4g}/s, {left:.0f} s left"
-                f"{text}")[:79]
-        if self.pause > 1 or done == self.total:
+        speed = (self.done - self.first) / (self.last - self.start)
+        left = (self.total - self.done) / speed
+        line = (f"{self.task}: {self.done}/{self.total} {self.unit}, {speed:.4g}/s, "
+                f"{left:.0f} s left{text}")[:79]
+        if self.pause > 1 or self.done == self.total:
             print(line, flush=True)
         else:
             print(f"{line:79}", end="\r", flush=True)
@@ -391,10 +391,11 @@ def train(settings, images, device, save, state=None, save_every=500, rank=0, wo
             update_average(average, model, step, steps)
 
             losses[step - 1] = loss.detach()
+            progress.done = step
             saving = step % save_every == 0 or step == steps or ctrl_c.is_set()
             if saving or progress.due():
                 check_finite(norm, step)
-                progress.show(step, f", loss {losses[max(0, step - 20):step].mean():.4f}")
+                progress.show(f", loss {losses[max(0, step - 20):step].mean():.4f}")
             if saving:
                 save({"settings": settings, "step": step, "losses": losses,
                       "model": model.state_dict(), "average": average.state_dict(),
