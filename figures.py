@@ -7,7 +7,6 @@ out/figures/ with pictures and metrics.json goes out.
 """
 import gzip
 import json
-import math
 import os
 import re
 import signal
@@ -27,12 +26,11 @@ from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
 from torch import nn
 
 from ddpm import DDPM, EmpiricalEps, GaussianEps, linear_beta
-from train import InputError, Progress, generator, load_mnist, mean_and_error, new_parser
-from train import pick_device, read_checkpoint, run_command, test_losses, to_pixels, write_file
+from train import InputError, generator, load_mnist, mean_and_error, new_parser, pick_device
+from train import progress, read_checkpoint, run_command, test_losses, to_pixels, write_file
 from unet import TimeEmbedding
 
 TIMES = (0.05, 0.125, 0.25, 0.5, 0.75, 1)  # where denoising is measured, as fractions of T
@@ -41,13 +39,13 @@ WALKS = (0.25, 0.5, 1)  # from where the reverse process is walked as well: it i
 # One colour (Okabe and Ito's, safe for the colour-blind) and marker for one thing in all figures.
 SIGNAL, NOISE, MISREAD = "#CC79A7", "#7f7f7f", "#FFD400"
 STYLES = {
-    "noisy": (NOISE, "x", "noisy digit, $x_t/\\sqrt{\\bar{\\alpha}_t}$"),
-    "linear": ("#E69F00", "s", "best linear denoiser"),
-    "memory": ("#009E73", "^", "memory of the training digits"),
-    "network": ("#0072B2", "o", "network, one shot $\\hat{x}_0$"),
-    "reverse": ("#D55E00", "D", "network, reverse process"),
+    "noisy": dict(color=NOISE, marker="x", label=r"noisy digit, $x_t/\sqrt{\bar{\alpha}_t}$"),
+    "linear": dict(color="#E69F00", marker="s", label="best linear denoiser"),
+    "memory": dict(color="#009E73", marker="^", label="memory of the training digits"),
+    "network": dict(color="#0072B2", marker="o", label=r"network, one shot $\hat{x}_0$"),
+    "reverse": dict(color="#D55E00", marker="D", label="network, reverse process"),
 }
-NETWORK, REVERSE = STYLES["network"][0], STYLES["reverse"][0]
+NETWORK, REVERSE = STYLES["network"]["color"], STYLES["reverse"]["color"]
 LOOK = {"font.size": 12, "axes.titlesize": 13, "axes.spines.top": False, "axes.grid": True,
         "axes.spines.right": False, "grid.alpha": 0.3, "lines.linewidth": 2,
         "legend.frameon": False, "legend.fontsize": 10}
@@ -72,13 +70,11 @@ def train_classifier(x, labels, seed):
         batches = torch.randperm(len(x)).split(100)
     optimizer = torch.optim.AdamW(classifier.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=len(batches) + 1)
-    progress = Progress("classifier", "batches", len(batches))
-    for batch in batches:
+    for batch in progress(batches, "classifier: batch", len(batches)):
         optimizer.zero_grad()
         nn.functional.cross_entropy(classifier(x[batch]), labels[batch]).backward()
         optimizer.step()
         schedule.step()
-        progress.advance(1)
     return classifier.requires_grad_(False)
 
 
@@ -98,58 +94,33 @@ def linear_losses(ddpm, mean, cov):
     return told.mean().item(), not_told.mean().item()
 
 
-def by_time(losses, ddpm):
-    """The means of the losses of test_losses() over 20 spans of t (over each t, if T < 20)."""
+def measure_loss(model, ddpm, x_0):
+    """The test loss (8) with its standard error, and its means over 20 spans of t."""
+    losses = test_losses(model, ddpm, x_0)
     t = 1 + torch.arange(len(losses)) % ddpm.T
     span = (t - 1) * 20 // ddpm.T
     spans = [span == i for i in span.unique()]
-    return {"t": [t[i].double().mean().item() for i in spans],
-            "loss": [losses[i].mean().item() for i in spans]}
-
-
-def measure_loss(model, ddpm, x_0):
-    """The test loss (8) with its standard error, and by t."""
-    losses = test_losses(model, ddpm, x_0)
-    return {"loss": mean_and_error(losses), "by_t": by_time(losses, ddpm)}
-
-
-def measure_losses(methods, ddpm, test_x):
-    """The test loss (8) of each method, and by t; the memory is slow and sees 1,000 digits."""
-    metrics = {"test_loss": {}, "loss_by_t": {}}
-    for name, model in methods.items():
-        row = measure_loss(model, ddpm, test_x[:1000] if name == "memory" else test_x)
-        metrics["test_loss"][name], metrics["loss_by_t"][name] = row["loss"], row["by_t"]
-    return metrics
-
-
-def walk_back(network, ddpm, x, t, random, progress):
-    """Where the reverse process (2) leads from x_t: (x_0, [(s, x_s) of 16 of them for each s])."""
-    path = [(t, x[:16])]
-    for s, x in ddpm.p_sample(network, x, t, generator=random):
-        path.append((s, x[:16].clone()))
-        progress.advance(len(x))
-    return x, path
+    return {"loss": mean_and_error(losses), "t": [t[i].double().mean().item() for i in spans],
+            "loss_by_t": [losses[i].mean().item() for i in spans]}
 
 
 def measure_denoising(methods, reverse, ddpm, x_0, labels, classifier, random):
-    """The same noisy digits, denoised by each method: (metrics, pictures), by method and t."""
-    metrics = {name: {"t": [], "psnr": [], "read": []} for name in STYLES}
-    pictures = {name: {} for name in STYLES} | {"clean": x_0}
-    walked = fractions(WALKS, ddpm.T)
+    """The same noisy digits, denoised by each method: (metrics, pictures), by t and method."""
+    metrics, pictures = {}, {name: {} for name in STYLES} | {"clean": x_0}
     for t in fractions(TIMES, ddpm.T):
         x_t = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=random))
         times = torch.full((len(x_t),), t)
         estimates = {name: ddpm.predict_x0(x_t, model(x_t, times), t)
                      for name, model in methods.items()}
-        if t in walked:
+        if t in fractions(WALKS, ddpm.T):
             estimates["reverse"], pictures["path"] = reverse(x_t, t)
+        metrics[t] = {}
         for name, x in estimates.items():
             x = x if name == "noisy" else x.clamp(-1, 1)  # where pixels live
             error = (x - x_0).square().flatten(1).mean(1)
             right = classifier(x).argmax(1) == labels
-            metrics[name]["t"].append(t)
-            metrics[name]["psnr"].append(mean_and_error(10 * (4 / error).log10()))
-            metrics[name]["read"].append(mean_and_error(right.float()))
+            metrics[t][name] = {"psnr": mean_and_error(10 * (4 / error).log10()),
+                                "read": mean_and_error(right.float())}
             pictures[name][t] = x, right
     return metrics, pictures
 
@@ -181,18 +152,15 @@ def frechet_and_error(a, b):
 def measure_generation(starts, others, classifier):
     """How digits are drawn from each start: Fréchet distance to other digits, and surely read."""
     reference = torch.cat([classifier[:-1](x) for x in others.split(100)])
-    metrics = {}
-    for name, x in starts.items():
-        surest = classifier(x).softmax(1).max(1).values
-        metrics[name] = {"frechet": frechet_and_error(classifier[:-1](x), reference),
-                         "sure": mean_and_error((surest > 0.9).float())}
-    return metrics
+    return {name: {"frechet": frechet_and_error(classifier[:-1](x), reference),
+                   "sure": mean_and_error((classifier(x).softmax(1).amax(1) > 0.9).float())}
+            for name, x in starts.items()}
 
 
 def nats_from_standard(ddpm, x_0, mean):
     """KL(q(x_T | x_0) || N(0, I)), a mean over digits; and the part that their mean image has."""
     a, norms = ddpm.alpha_bar[-1].item(), x_0.square().flatten(1).sum(1)
-    return {"all": (mean.numel() * (-a - math.log(1 - a)) + a * norms.mean().item()) / 2,
+    return {"all": (mean.numel() * (-a - np.log(1 - a)) + a * norms.mean().item()) / 2,
             "mean": a * mean.square().sum().item() / 2}
 
 
@@ -204,15 +172,18 @@ def measure(network, ddpm, data, digits, seed):
     linear = GaussianEps(ddpm, mean, cov)
     methods = {"noisy": lambda x_t, t: torch.zeros_like(x_t), "linear": linear,
                "memory": EmpiricalEps(ddpm, train_x), "network": network}
-    metrics = measure_losses(methods, ddpm, test_x)
-    chosen = torch.randperm(len(test_x), generator=random)
-    x_0, others = test_x[chosen[:digits]], test_x[chosen[digits:]]
-    labels = data[3][chosen[:digits]]
-    walks = sum(fractions(WALKS, ddpm.T)) + 2 * ddpm.T
-    progress = Progress("reverse process", "steps of a digit", walks * digits)
+    seen = {"memory": test_x[:1000]}  # it is slow
+    metrics = {"losses": {name: measure_loss(model, ddpm, seen.get(name, test_x))
+                          for name, model in methods.items()}}
+    chosen, rest = torch.randperm(len(test_x), generator=random).tensor_split([digits])
+    x_0, labels, others = test_x[chosen], data[3][chosen], test_x[rest]
 
     def reverse(x, t=ddpm.T):
-        return walk_back(network, ddpm, x, t, random, progress)
+        """Where (2) leads from x_t: (x_0, [(s, x_s) of 16 of them for each s])."""
+        path, steps = [(t, x[:16])], ddpm.p_sample(network, x, t, generator=random)
+        for s, x in progress(steps, f"{digits} digits back from t = {t}: step", t):
+            path.append((s, x[:16].clone()))
+        return x, path
 
     metrics["denoising"], pictures = measure_denoising(methods, reverse, ddpm, x_0, labels,
                                                        classifier, random)
@@ -230,17 +201,6 @@ def measure(network, ddpm, data, digits, seed):
     return metrics, pictures
 
 
-def compare_runs(states, metrics, test_x):
-    """The test loss of each run, alone and by t; that of the first is in the metrics already."""
-    rows = [{"loss": metrics["test_loss"]["network"], "by_t": metrics["loss_by_t"]["network"]}]
-    for state in states[1:]:
-        ddpm = DDPM(linear_beta(state["settings"]["timesteps"]))
-        rows.append(measure_loss(in_hundreds(state["network"]), ddpm, test_x))
-    return [row | {"settings": state["settings"],
-                   "parameters": sum(p.numel() for p in state["network"].parameters())}
-            for state, row in zip(states, rows)]
-
-
 def like_the_default(runs):
     """Those that are told t and learn by Muon."""
     return [run for run in runs if run["settings"]["told_t"] and run["settings"]["muon"]]
@@ -248,14 +208,11 @@ def like_the_default(runs):
 
 def fit_limit(runs):
     """(a, b, c): the loss a + b / steps^c that is nearest to those of the runs; a is its limit."""
-    steps, losses = torch.tensor([(run["settings"]["steps"], run["loss"][0]) for run in runs]).T
-    fits = []
-    for c in torch.arange(0.1, 2, 0.01).tolist():
-        powers = torch.stack([torch.ones_like(steps), steps**-c], dim=1).double()
-        (a, b), = torch.linalg.lstsq(powers, losses.double()[:, None]).solution.T.tolist()
-        rest = (powers @ torch.tensor([a, b]).double() - losses).square().sum().item()
-        fits.append((rest, a, b, c))
-    return min(fits)[1:]
+    steps, losses = np.array([(run["settings"]["steps"], run["loss"][0]) for run in runs]).T
+    c = min(np.arange(0.1, 2, 0.01),  # the one that leaves the least sum of squares
+            key=lambda c: np.polyfit(steps**-c, losses, 1, full=True)[1].sum())
+    b, a = np.polyfit(steps**-c, losses, 1)
+    return a, b, c
 
 
 GROWTH = {  # one setting changed at a time: flags of train.py
@@ -280,22 +237,18 @@ def measure_growth(images):
     rows, here = {}, Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         write_digits(Path(folder, "28"), images)
-        write_digits(Path(folder, "56"), enlarge(images, 2))
+        write_digits(Path(folder, "56"), nn.functional.interpolate(images, scale_factor=2))
         for name, flags in 2 * list(GROWTH.items()):
             launcher = TORCHRUN if name == "two processes" else []
             run = [sys.executable, *launcher, here / "train.py", "--steps", "30", "--data", "28",
                    "--overwrite", *flags]
             process = subprocess.Popen(run, cwd=folder, stdout=subprocess.PIPE)
-            speed = re.findall(r"steps, (\S+)/s", process.stdout.read().decode())[-1]
+            speed = re.findall(r"training: .*?, (\S+)/s", process.stdout.read().decode())[-1]
             _, _, usage = os.wait4(process.pid, 0)
             row = {"seconds": 1 / float(speed), "megabytes": usage.ru_maxrss / 1024}
             print("{:16}{seconds:8.3f} s a step{megabytes:8.0f} MB".format(name, **row), flush=True)
             rows[name] = min(row, rows.get(name, row), key=lambda row: row["seconds"])
     return rows
-
-
-def enlarge(images, times):
-    return images.repeat_interleave(times, 2).repeat_interleave(times, 3)
 
 
 def write_idx(path, array):
@@ -325,18 +278,13 @@ def in_hundreds(model):
 
 def print_table(metrics):
     """The measurements, in the width of a terminal and in ASCII."""
-    denoising = metrics["denoising"]
     print("\nPSNR in dB, and digits that the classifier reads "
           f"({metrics['clean'][0]:.0%} of the clean ones)")
-    print("   t" + "".join(f"{name:>14}" for name in denoising))
-    for i, t in enumerate(denoising["noisy"]["t"]):
-        line = f"{t:4}"
-        for row in denoising.values():
-            at = row["t"].index(t) if t in row["t"] else None
-            cell = "" if at is None else f"{row['psnr'][at][0]:.1f} {row['read'][at][0]:4.0%}"
-            line += f"{cell:>14}"
-        print(line)
-    print("loss" + "".join(f"{loss:14.4f}" for loss, _ in metrics["test_loss"].values()))
+    print("   t" + "".join(f"{name:>14}" for name in STYLES))
+    for t, row in metrics["denoising"].items():
+        cells = [f"{cell['psnr'][0]:9.1f} {cell['read'][0]:4.0%}" for cell in row.values()]
+        print(f"{t:4}" + "".join(cells))
+    print("loss" + "".join(f"{row['loss'][0]:14.4f}" for row in metrics["losses"].values()))
     for name, row in metrics["generation"].items():
         print(f"from {name}: Frechet distance {row['frechet'][0]:.1f} +- {row['frechet'][1]:.1f}, "
               f"{row['sure'][0]:.0%} surely read")
@@ -347,30 +295,27 @@ def print_table(metrics):
 def read_image(path):
     """A picture file as (3, H, W) in [-1, 1], what is transparent laid on white."""
     try:
-        pixels = torch.tensor(imread(path))
+        pixels = torch.tensor(np.atleast_3d(imread(path)))
     except Exception as error:  # a damaged picture can make the decoder raise almost anything
         raise InputError(f"{path} can't be read as a picture ({error}): --image takes a PNG file")
     largest = 1 if pixels.is_floating_point() else torch.iinfo(pixels.dtype).max
-    pixels = pixels.float() / largest
-    if pixels.dim() == 2:
-        pixels = pixels[:, :, None].expand(-1, -1, 3)
-    if pixels.shape[2] == 4:
-        pixels = pixels[:, :, :3] * pixels[:, :, 3:] + 1 - pixels[:, :, 3:]
-    return pixels.permute(2, 0, 1) * 2 - 1
+    pixels = pixels.float().permute(2, 0, 1) / largest
+    if len(pixels) == 4:
+        pixels = pixels[:3] * pixels[3:] + 1 - pixels[3:]
+    return pixels.expand(3, -1, -1) * 2 - 1
 
 
-def new_figure(width, height, rows=1, columns=1, **options):
+def new_figure(width, height, rows=1, columns=1):
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
+    return figure, figure.subplots(rows, columns)
 
 
 def show(axes, picture):
     """A picture (channels, H, W), from -1 (black) to 1 (white)."""
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     axes.imshow(pixels.expand(-1, -1, 3).numpy(), interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
+    axes.set(xticks=[], yticks=[], frame_on=False)
     axes.grid(False)
-    axes.spines[:].set_visible(False)
 
 
 def draw_forward(image):
@@ -401,17 +346,16 @@ def draw_marginal(images):
         noise = torch.randn(images.shape, generator=random)
         x_t = ddpm.q_sample(images, t, noise) if t else images
         axes[t].hist(x_t.flatten().numpy(), 160, range=(-4, 4), density=True, color=SIGNAL)
-        axes[t].plot(grid, (-grid**2 / 2).exp() / (2 * math.pi) ** 0.5, "--", color=NOISE)
+        axes[t].plot(grid, (-grid**2 / 2).exp() / (2 * np.pi) ** 0.5, "--", color=NOISE)
         axes[t].set(title=f"MNIST at t = {t}", xlabel="$x_t$, all pixels", ylim=(0, 1.5),
                     xticks=(-3, -1, 0, 1, 3))
     axes[0].set_ylabel("density")
-    black = (images == -1).float().mean().item()
+    black = (images == -1).float().mean()
     axes[0].text(1.2, 1.2, f"{black:.0%} are\nblack, -1\n(bar cut)", fontsize=10)
     axes[200].text(1.2, 0.6, "dashed:\n$\\mathcal{N}(0, 1)$", color=NOISE)
-    x, path = torch.full((40,), 1.0), [torch.full((40,), 1.0)]
+    path = [torch.ones(40)]
     for t in range(1, ddpm.T + 1):
-        x = ddpm.q_step(x, t, torch.randn(x.shape, generator=random))
-        path.append(x)
+        path.append(ddpm.q_step(path[-1], t, torch.randn(40, generator=random)))
     below = axes["paths"]
     below.plot(torch.stack(path), color=NOISE, linewidth=0.7, alpha=0.6)
     mean, deviation = ddpm.alpha_bar.sqrt(), (1 - ddpm.alpha_bar).sqrt()
@@ -463,18 +407,17 @@ def draw_schedule():
               label="signal, $\\sqrt{\\bar{\\alpha}_t}$")
     left.plot(t, (1 - alpha_bar).sqrt(), "-x", color=NOISE, markevery=marked,
               label="noise, $\\sqrt{1-\\bar{\\alpha}_t}$")
-    left.set(title="$x_t$ = signal · $x_0$ + noise · $\\epsilon$", ylabel="factor", ylim=(0, 1.05))
+    left.set(title="$x_t$ = signal · $x_0$ + noise · $\\epsilon$", xlabel="t", ylabel="factor",
+             xlim=(0, 203), ylim=(0, 1.05))
     left.legend()
     ratio = alpha_bar[1:] / (1 - alpha_bar[1:])
     right.semilogy(t[1:], ratio, "-o", color="black", markevery=[i - 1 for i in marked])
     right.axhline(1, color=NOISE, linestyle=":")
     right.text(5, 0.8, "as much noise as signal", va="top", fontsize=10)
-    right.set(title="signal-to-noise ratio",
+    right.set(title="signal-to-noise ratio", xlabel="t", xlim=(0, 203),
               ylabel="$\\bar{\\alpha}_t\\,/\\,(1-\\bar{\\alpha}_t)$")
     for i in marked:
         right.annotate(f"{i}", (i, ratio[i - 1]), (6, 6), textcoords="offset points", fontsize=10)
-    for axes in left, right:
-        axes.set(xlabel="t", xlim=(0, ddpm.T + 3))
     return figure
 
 
@@ -502,18 +445,18 @@ def draw_losses(metrics):
     figure, (left, right) = new_figure(14, 4.2, 1, 2)
     steps, losses = zip(*metrics["history"])
     left.loglog(steps, losses, color=NETWORK, label="training, mean over 20 steps")
-    final = metrics["test_loss"]["network"][0]
+    final = metrics["losses"]["network"]["loss"][0]
     left.axhline(final, color="black", linestyle=":", label=f"test loss at the end: {final:.4f}")
     left.set(title="training", xlabel="step", ylabel="loss (8)")
     plain_ticks(left.yaxis, (0.04, 0.05, 0.07, 0.1, 0.2, 0.5, 1))
     ticks = (20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
     plain_ticks(left.xaxis, [step for step in ticks if step <= steps[-1]])
     left.legend()
-    for name, row in metrics["loss_by_t"].items():
-        colour, marker, label = STYLES[name]
-        label = "nothing, $\\epsilon_\\theta = 0$" if name == "noisy" else label.split(",")[0]
-        right.semilogy(row["t"], row["loss"], color=colour, marker=marker, markersize=4,
-                       label=f"{label}: {metrics['test_loss'][name][0]:.3g}")
+    for name, row in metrics["losses"].items():
+        label = STYLES[name]["label"].split(",")[0]
+        label = "nothing, $\\epsilon_\\theta = 0$" if name == "noisy" else label
+        style = STYLES[name] | {"label": f"{label}: {row['loss'][0]:.3g}"}
+        right.semilogy(row["t"], row["loss_by_t"], **style, markersize=4)
     right.set(title="test digits, by time (the memory goes far above)", xlabel="t",
               ylabel="loss (8)", ylim=(0.01, 3))
     plain_ticks(right.yaxis, (0.01, 0.03, 0.1, 0.3, 1, 3))
@@ -527,25 +470,22 @@ def draw_compute(runs):
     figure, (left, right) = new_figure(12, 4.2, 1, 2)
     told = like_the_default(runs)
     a, b, c = fit_limit(told)
-    ticks = sorted(run["settings"]["steps"] for run in told)
-    steps = torch.logspace(math.log10(ticks[0]), math.log10(4 * ticks[-1]), 99)
-    for run in told:
-        mean, error = run["loss"]
-        left.errorbar(run["settings"]["steps"], mean, 2 * error, color=NETWORK, marker="o",
-                      capsize=3)
+    lengths = [run["settings"]["steps"] for run in told]
+    mean, error = np.array([run["loss"] for run in told]).T
+    left.errorbar(lengths, mean, 2 * error, fmt="o", color=NETWORK, capsize=3)
+    steps = np.geomspace(min(lengths), 4 * max(lengths), 99)
     left.plot(steps, a + b * steps**-c, "--", color=NETWORK,
               label=f"{a:.4f} + {b:.2f} / steps$^{{{c:.2f}}}$")
     left.axhline(a, color="black", linestyle=":", label=f"its limit, {a:.4f}")
-    left.set_xscale("log")
-    left.set(title="longer runs (±2 standard errors)", xlabel="steps of the run",
+    left.set(title="longer runs (±2 standard errors)", xlabel="steps of the run", xscale="log",
              ylabel="test loss (8) at its end")
-    plain_ticks(left.xaxis, ticks)
+    plain_ticks(left.xaxis, lengths)
     left.legend()
     for run in runs:
         if run["settings"]["steps"] == runs[0]["settings"]["steps"]:
             style, label = ("-o", "told t") if run["settings"]["told_t"] else ("--x", "not told t")
-            right.semilogy(run["by_t"]["t"], run["by_t"]["loss"], style, color=NETWORK,
-                           markersize=5, label=f"{label}: {run['loss'][0]:.4f}")
+            right.semilogy(run["t"], run["loss_by_t"], style, color=NETWORK, markersize=5,
+                           label=f"{label}: {run['loss'][0]:.4f}")
     right.set(title="must the network be told t?", xlabel="t", ylabel="test loss (8)")
     plain_ticks(right.yaxis, (0.02, 0.03, 0.05, 0.1))
     right.legend()
@@ -555,23 +495,21 @@ def draw_compute(runs):
 def draw_quality(metrics):
     """PSNR of the estimate of x_0 and share of digits read rightly, against t, for each method."""
     figure, (left, right) = new_figure(12, 4.4, 1, 2)
-    for name, row in metrics["denoising"].items():
-        colour, marker, label = STYLES[name]
+    times = list(metrics["denoising"])
+    for name, style in STYLES.items():
+        cells = {t: row[name] for t, row in metrics["denoising"].items() if name in row}
         for axes, key in (left, "psnr"), (right, "read"):
-            mean, error = zip(*row[key])
-            axes.errorbar(row["t"], mean, [2 * e for e in error], color=colour, marker=marker,
-                          label=label, capsize=3)
-    left.set(title="how near is the estimate to the clean digit?", xlabel="t",
+            mean, error = np.array([cell[key] for cell in cells.values()]).T
+            axes.errorbar(list(cells), mean, 2 * error, **style, capsize=3)
+    left.set(title="how near is the estimate to the clean digit?", xlabel="t", xticks=times,
              ylabel="PSNR in dB (±2 standard errors)")
     left.legend()
-    for axes in left, right:
-        axes.set_xticks(metrics["denoising"]["noisy"]["t"])
     clean = metrics["clean"][0]
     right.axhline(clean, color="black", linestyle=":")
-    right.text(row["t"][-1], clean + 0.01, "clean digits", ha="right", fontsize=10)
-    right.set(title="is it still the same digit?", xlabel="t", ylim=(0, 1.08),
+    right.text(times[-1], clean + 0.01, "clean digits", ha="right", fontsize=10)
+    right.set(title="is it still the same digit?", xlabel="t", xticks=times, ylim=(0, 1.08),
               ylabel="read rightly (±2 standard errors)")
-    right.yaxis.set_major_formatter(PercentFormatter(1))
+    right.yaxis.set_major_formatter("{x:.0%}")
     return figure
 
 
@@ -599,13 +537,13 @@ def draw_grid(rows, labels, titles, each=1, frames=None):
 
 def draw_denoising(pictures):
     """Test digits, noisy at several t, and what each method makes of them; misread ones framed."""
-    times, names = list(pictures["reverse"])[-3:], list(STYLES)
-    rows, misread = [[x for _ in times for x in pictures["clean"][:4]]], []
-    for i, name in enumerate(names, start=1):
+    times = list(pictures["reverse"])
+    rows, misread = [[*pictures["clean"][:4]] * len(times)], []
+    for i, name in enumerate(STYLES, start=1):
         rows.append([x for t in times for x in pictures[name][t][0][:4]])
         right = [right for t in times for right in pictures[name][t][1][:4]]
         misread += [(i, j) for j, is_right in enumerate(right) if not is_right]
-    labels = ["clean digit"] + [STYLES[name][2] for name in names]
+    labels = ["clean digit"] + [style["label"] for style in STYLES.values()]
     figure = draw_grid(rows, labels, [f"t = {t}" for t in times], 4, misread)
     figure.supxlabel("in a yellow frame: no longer read as the digit that it was", fontsize=12)
     return figure
@@ -623,28 +561,17 @@ def estimates_on(path, network, ddpm):
 
 def draw_reverse(steps, x_0):
     """Three digits on their way back, and under each x_t the estimate of x_0 from it."""
-    last = len(steps) - 1
     parts = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1)
-    columns = [steps[round(last * part)] for part in parts]
-    rows, labels = [], []
-    for i in range(3):
-        rows.append([x[i] for _, x, _ in columns] + [x_0[i]])
-        rows.append([estimate[i] for _, _, estimate in columns] + [x_0[i]])
-        labels += ["$x_t$", "$\\hat{x}_0$ seen in it"]
-    titles = [f"t = {t}" for t, _, _ in columns[:-1]]
-    return draw_grid(rows, labels, titles + ["result", "original"])
+    times, noisy, seen = zip(*(steps[round((len(steps) - 1) * part)] for part in parts))
+    rows = [[x[i] for x in (*row, x_0)] for i in range(3) for row in (noisy, seen)]
+    titles = [f"t = {t}" for t in times[:-1]] + ["result", "original"]
+    return draw_grid(rows, 3 * ["$x_t$", "$\\hat{x}_0$ seen in it"], titles)
 
 
 def draw_generation(made):
     """Digits drawn from three kinds of x_T, and real ones."""
     labels = [name if name == "real digits" else f"from {name}" for name in made]
     return draw_grid([x[:14] for x in made.values()], labels, [""], 14)
-
-
-def montage(x):
-    """16 digits (N, 1, H, W) as one picture of 4 x 4."""
-    height, width = x.shape[2:]
-    return x[:16].reshape(4, 4, height, width).permute(0, 2, 1, 3).reshape(1, 4 * height, 4 * width)
 
 
 def film(steps, path):
@@ -658,7 +585,8 @@ def film(steps, path):
             for t, x, estimate in steps[::2] + 8 * steps[-1:]:  # the last one stays
                 for axes, digits in (left, x), (right, estimate):
                     axes.clear()
-                    show(axes, montage(digits))
+                    rows = [torch.cat([*row], dim=2) for row in digits.split(4)]
+                    show(axes, torch.cat(rows, dim=1))
                 left.set_title(f"$x_t$, t = {t}")
                 right.set_title("$\\hat{x}_0$ seen in it")
                 writer.grab_frame()
@@ -681,32 +609,20 @@ def save_numbers(numbers, path):
 
 
 def parse_flags():
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, "out/figures")
     parser.add_argument("--image", type=Path, default=Path(__file__).parent / "condor.png",
                         metavar="PNG", help="for the forward process (default: condor.png)")
     parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
-                        help="the network to measure, and others to compare its loss with "
-                        "(default: out/model.pt)")
+                        help="what to measure, and others beside it (default: out/model.pt)")
     parser.add_argument("--digits", type=int, default=50, metavar="N",
                         help="test digits that walk through the reverse process (default: 50)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/figures"), metavar="DIR",
-                        help="folder for the figures (default: out/figures)")
     parser.add_argument("--growth", action="store_true",
                         help="measure what a step of training costs, and no more")
     flags = parser.parse_args()
     if not 0 <= flags.seed < 2**32:
         parser.error(f"--seed must be from 0 to {2**32 - 1}, got {flags.seed}")
     return flags
-
-
-def check(states, data, digits):
-    """Raise InputError if the checkpoints or the number of digits do not fit the data."""
-    if any(state["data"] != zlib.crc32(data[0].numpy()) for state in states):
-        raise InputError("the network was trained on other digits: name their folder with --data")
-    if states and not 16 <= digits <= len(data[2]) // 2:
-        raise InputError("--digits must be from 16 to half of the test digits, "
-                         f"{len(data[2]) // 2}, got {digits}")
 
 
 def draw_without_network(image, images, out):
@@ -719,14 +635,17 @@ def draw_without_network(image, images, out):
 
 def measure_and_draw(states, data, digits, seed, out):
     """Write metrics.json, and the figures of the first of the networks beside the others."""
-    settings = states[0]["settings"]
-    network, ddpm = in_hundreds(states[0]["network"]), DDPM(linear_beta(settings["timesteps"]))
+    network, ddpm = in_hundreds(states[0]["network"]), states[0]["ddpm"]
     metrics, pictures = measure(network, ddpm, data, digits, seed)
     history = [(20 * i + len(part), part.mean().item())
                for i, part in enumerate(states[0]["losses"].split(20))]
-    runs = compare_runs(states, metrics, to_pixels(data[2])) if len(states) > 1 else []
-    metrics |= {"settings": settings, "digits": digits, "seed": seed, "history": history,
-                "runs": runs}
+    rows, test_x = [metrics["losses"]["network"]], to_pixels(data[2])
+    for state in states[1:]:
+        rows.append(measure_loss(in_hundreds(state["network"]), state["ddpm"], test_x))
+    runs = [row | {"settings": state["settings"],
+                   "parameters": sum(p.numel() for p in state["network"].parameters())}
+            for state, row in zip(states, rows)]
+    metrics |= {"digits": digits, "seed": seed, "history": history, "runs": runs}
     save_numbers(metrics, out / "metrics.json")
     print_table(metrics)
     save(draw_losses(metrics), out, "losses")
@@ -742,11 +661,13 @@ def measure_and_draw(states, data, digits, seed, out):
 
 def main():
     flags = parse_flags()
-    default = [Path("out/model.pt")]
-    paths = flags.checkpoint or [path for path in default if path.exists()]
     image, data = read_image(flags.image), load_mnist(flags.data)
-    states = [read_checkpoint(path) for path in paths]
-    check(states, data, flags.digits)
+    states = [read_checkpoint(path) for path in flags.checkpoint or Path("out").glob("model.pt")]
+    if any(state["data"] != zlib.crc32(data[0].numpy()) for state in states):
+        raise InputError("the network was trained on other digits: name their folder with --data")
+    if states and not 16 <= flags.digits <= len(data[2]) // 2:
+        raise InputError("--digits must be from 16 to half of the test digits, "
+                         f"{len(data[2]) // 2}, got {flags.digits}")
     flags.out.mkdir(parents=True, exist_ok=True)
     if flags.growth:
         save_numbers(measure_growth(data[0][:2000]), flags.out / "growth.json")

@@ -7,7 +7,6 @@
 What the network is worth is measured and drawn by figures.py.
 """
 import argparse
-import contextlib
 import copy
 import gzip
 import io
@@ -51,22 +50,22 @@ class InputError(ValueError):
     """What whoever runs the program can mend, said in one sentence."""
 
 
-def new_parser(description):
-    """A parser of the command line that complains in one line, and knows the data."""
+def new_parser(description, out):
+    """A parser of the command line that complains in one line, and knows --data and --out."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     parser.add_argument("--data", type=Path, default=MNIST, metavar="DIR",
                         help="folder with the four files of MNIST, or of others like it")
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR",
+                        help=f"folder that is written (default: {out})")
     return parser
 
 
 def parse_flags():
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, "out")
     for name, (default, _, _, meaning) in SETTINGS.items():
         kind = {"type": int, "nargs": "+"} if name == "channels" else {"type": type(default)}
         parser.add_argument("--" + name.replace("_", "-"), **kind, metavar="N", help=meaning)
-    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
-                        help="folder for model.pt (default: out)")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"),
                         help="default: cuda if there is one, else cpu")
     parser.add_argument("--save-every", type=int, default=500, metavar="N",
@@ -83,48 +82,38 @@ def parse_flags():
 def choose_settings(flags, state=None):
     """The settings of a new run, from the flags and the table; or those of the saved run."""
     asked = {name: getattr(flags, name) for name in SETTINGS if getattr(flags, name) is not None}
-    settings = state["settings"] if state else {name: row[0] for name, row in SETTINGS.items()}
-    if state and settings | asked != settings:
+    begun = state["settings"] if state else {name: row[0] for name, row in SETTINGS.items()}
+    if state and begun | asked != begun:
         raise InputError("--resume goes on to the end that the run was begun for, where its rate "
                          "is 0: leave out other settings, or begin a new run with another --out")
-    check_settings(settings | asked)
-    return settings | asked
+    return begun | asked
 
 
-def check_settings(settings):
-    """Raise InputError if a setting is out of its range; NaN is in none."""
+def check_settings(settings, sides=(), world=1):
+    """Raise InputError if they are out of range (as NaN is), or fit no pictures of these sides."""
     for name, (_, low, high, _) in SETTINGS.items():
-        values = settings[name] if name == "channels" else [settings[name]]
-        if not all(low <= value <= high for value in values):
+        if not all(low <= value <= high for value in np.ravel(settings[name])):
             raise InputError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, "
                              f"got {settings[name]}")
     if any(width % 4 for width in settings["channels"]):
         raise InputError(f"--channels must be multiples of 4, got {settings['channels']}")
-
-
-def check_fit(settings, images, world):
-    """Raise InputError if the settings don't fit the digits or the number of processes."""
     halvings = len(settings["channels"]) - 1
-    if any(side % 2**halvings for side in images.shape[2:]):
-        raise InputError(f"pictures of {tuple(images.shape[2:])} pixels can't be halved {halvings} "
-                         "times: give fewer --channels")
+    if any(side % 2**halvings for side in sides):
+        raise InputError(f"pictures of {tuple(sides)} pixels can't be halved {halvings} times: "
+                         "give fewer --channels")
     if settings["batch_size"] % world:
         raise InputError(f"--batch-size must be a multiple of the {world} processes")
 
 
 def pick_device(name=None):
-    """The torch.device called name, or cuda if it is there, or cpu."""
-    gpus = torch.cuda.device_count()
-    name = name or ("cuda" if gpus else "cpu")
-    there = {"cpu": True, "cuda": gpus > 0, "mps": torch.backends.mps.is_available()}
-    if not there[name]:
-        raise InputError(f"--device {name}: this machine or this torch has none, try --device cpu")
-    if name != "cuda":
-        return torch.device(name)
-    process = int(os.environ.get("LOCAL_RANK", 0))
-    if process >= gpus:
-        raise InputError(f"each process needs a GPU and here are {gpus}: add --device cpu")
-    return torch.device("cuda", process)
+    """The torch.device called name, or cuda if it is there, or cpu; a GPU for each process."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.zeros(1, device=name).device
+    except (AssertionError, RuntimeError):  # a torch without CUDA asserts
+        raise InputError(f"this machine or this torch has no {name}: try --device cpu") from None
 
 
 # Data
@@ -132,8 +121,7 @@ def pick_device(name=None):
 def read_idx(path, dims):
     """The bytes in a gzipped IDX file as a uint8 tensor of that many dimensions."""
     try:
-        with gzip.open(path) as file:
-            content = file.read()
+        content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} can't be read ({error}): --data needs the four files of MNIST")
     start = 4 + 4 * dims
@@ -144,19 +132,14 @@ def read_idx(path, dims):
 
 
 def load_mnist(folder):
-    """Train images (N, 1, H, W) uint8, train labels (N,), test images, test labels.
-
-    Raises InputError if a file is missing, damaged, or does not fit the others.
-    """
+    """Train images (N, 1, H, W) uint8, train labels (N,), test images, test labels."""
     data = []
     for split in "train", "t10k":
-        data.append(read_idx(Path(folder) / f"{split}-images-idx3-ubyte.gz", 3)[:, None])
-        data.append(read_idx(Path(folder) / f"{split}-labels-idx1-ubyte.gz", 1).long())
-    train_x, train_y, test_x, test_y = data
-    if (len(train_x), len(test_x)) != (len(train_y), len(test_y)):
-        raise InputError(f"{folder} needs one label for each image, in both of its splits")
-    if train_x.shape[1:] != test_x.shape[1:]:
-        raise InputError(f"{folder} needs images of one size in both of its splits")
+        images = read_idx(Path(folder, f"{split}-images-idx3-ubyte.gz"), 3)[:, None]
+        labels = read_idx(Path(folder, f"{split}-labels-idx1-ubyte.gz"), 1).long()
+        data += [images, labels]
+        if len(images) != len(labels) or images.shape[1:] != data[0].shape[1:]:
+            raise InputError(f"{folder} needs one label for each image, and images of one size")
     return data
 
 
@@ -173,8 +156,7 @@ def draw_digits(images, count, random):
 def generator(*key):
     """A random generator whose numbers depend on the key alone.
 
-    Step k of process r draws from generator(seed, k, r): a resumed run goes on with the numbers it
-    would have had. Steps count from 1; what is measured draws from generator(seed, 0, ...).
+    That of step k ≥ 1 in process r is (seed, k, r): a resumed run draws what it would have drawn.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
@@ -196,13 +178,8 @@ def write_file(path, save):
         raise InputError(f"{path} can't be written ({error.strerror}); what was there is whole")
 
 
-def version(path):
-    """What tells one file at path from the next one; None if there is none."""
-    return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
-
-
 def read_checkpoint(path):
-    """What train() saved, as a dict, and its average of the weights as a "network" in eval mode.
+    """What train() saved, as a dict, with its "ddpm", and its average as a "network" in eval mode.
 
     Nothing in the file is executed, and its checksums are compared, which torch.load leaves out.
     Raises InputError if it is no whole checkpoint, or one of another unet.py.
@@ -212,24 +189,15 @@ def read_checkpoint(path):
             damaged = archive.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(state["settings"])
-        finite = all(weights.isfinite().all() for weights in state["average"].values())
-        if damaged or not finite or not state.keys() >= {"data", "losses", "optimizers", "step"}:
+        network = new_network(state["settings"])
+        network.load_state_dict(state["average"])
+        if damaged or not state.keys() >= {"data", "losses", "model", "optimizers", "step"}:
             raise ValueError("damaged")
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
-        raise InputError(f"{path} is no whole checkpoint of train.py ({type(error).__name__}): "
-                         "name another, or train") from None
-    network = new_network(state["settings"])
-    try:
-        network.load_state_dict(state["average"])
-    except RuntimeError:
-        raise InputError(f"{path} holds another network than that of unet.py: train anew") from None
-    return state | {"network": network.eval().requires_grad_(False)}
-
-
-def load_checkpoint(path):
-    """(model, ddpm): the averaged network of a run, in eval mode, and its process."""
-    state = read_checkpoint(path)
-    return state["network"], DDPM(linear_beta(state["settings"]["timesteps"]))
+        raise InputError(f"{path} is no whole checkpoint of train.py and unet.py as they are here "
+                         f"({type(error).__name__}): name another, or train") from None
+    ddpm = DDPM(linear_beta(state["settings"]["timesteps"]))
+    return state | {"ddpm": ddpm, "network": network.eval().requires_grad_(False)}
 
 
 # Optimisers
@@ -240,9 +208,6 @@ class Muon(torch.optim.Optimizer):
     A kernel, as a matrix (out, in x 3 x 3), so learns in all its directions at one speed. The size
     0.2 √max(shape) makes a step as large as AdamW's (Liu et al. 2025): one rate serves both.
     """
-
-    def __init__(self, kernels, lr):
-        super().__init__([{"params": kernels}], {"lr": lr})
 
     @torch.no_grad()
     def step(self):
@@ -274,7 +239,7 @@ def new_optimizers(model, lr, muon=True):
     kernels = inside if muon else []
     others = [p for p in model.parameters() if all(p is not kernel for kernel in kernels)]
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    return [Muon(kernels, lr), adamw]
+    return [Muon([{"params": kernels}], {"lr": lr}), adamw]
 
 
 def learning_rate(settings, step):
@@ -302,50 +267,21 @@ def update_average(average, model, step, steps):
 
 # Training
 
-class Progress:
-    """A live line: what is being done, how far it is, how fast, and how long it will still take.
+def progress(items, task, total, before=0, text=lambda: ""):
+    """The items, one by one, with a live line: how far it is, how fast, how long it will take.
 
-    A terminal shows it in place, twice a second; a file or a pipe gets a line every five seconds.
+    total: their number, with those done before; text(): what else to say. A terminal shows the
+    line in place, twice a second; a file or a pipe gets one every five seconds.
     """
-
-    def __init__(self, task, unit, total, done=0):
-        self.task, self.unit, self.total = task, unit, total
-        self.first = self.done = done
-        self.start = self.last = time.perf_counter()
-        self.pause = 0.5 if sys.stdout.isatty() else 5
-
-    def advance(self, steps):
-        self.done += steps
-        if self.due():
-            self.show()
-
-    def due(self):
-        return time.perf_counter() > self.last + self.pause
-
-    def show(self, text=""):
-        self.last = time.perf_counter()
-        speed = (self.done - self.first) / (self.last - self.start)
-        left = (self.total - self.done) / speed
-        line = (f"{self.task}: {self.done}/{self.total} {self.unit}, {speed:.4g}/s, "
-                f"{left:.0f} s left{text}")[:79]
-        if self.pause > 1 or self.done == self.total:
-            print(line, flush=True)
-        else:
-            print(f"{line:79}", end="\r", flush=True)
-
-
-@contextlib.contextmanager
-def ctrl_c_waits():
-    """Inside, Ctrl-C only sets the event that is yielded, so that a step can end and be saved."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed  # only the main thread may handle signals
-        return
-    handler = signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    pause = 0.5 if sys.stdout.isatty() else 5
+    start = last = time.perf_counter()
+    for done, item in enumerate(items, start=before + 1):
+        yield item
+        now, left = time.perf_counter(), total - done
+        if now > last + pause or left == 0:
+            last, speed = now, (done - before) / (now - start)
+            line = f"{task} {done}/{total}, {speed:.4g}/s, {left / speed:.0f} s left{text()}"
+            print(f"{line:79.79}", end="\r" if pause < 1 and left else "\n", flush=True)
 
 
 def new_network(settings):
@@ -369,57 +305,50 @@ def begin(settings, device, state=None):
     return model, average, optimizers, losses.copy_(state["losses"]), state["step"]
 
 
-def train(settings, images, device, save, state=None, save_every=500, rank=0, world=1):
+def train(settings, images, device, save, state=None, save_every=500, rank=0, world=1,
+          stop=lambda: False):
     """Train from the start, or from a saved state; call save(state) now and then, and at the end.
 
-    images: (N, 1, H, W) uint8. Raises InputError when the gradient is no longer finite, and
-    KeyboardInterrupt on Ctrl-C, after a save.
+    images: (N, 1, H, W) uint8. Once stop() is true, it saves and raises KeyboardInterrupt.
     """
     ddpm, steps = DDPM(linear_beta(settings["timesteps"])), settings["steps"]
     model, average, optimizers, losses, done = begin(settings, device, state)
     network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    progress = Progress("training", "steps", steps, done)
-    with ctrl_c_waits() as ctrl_c:
-        for step in range(done + 1, steps + 1):
-            random = generator(settings["seed"], step, rank)
 
-            x_0 = draw_digits(images, settings["batch_size"] // world, random).to(device)
-            loss = ddpm.loss(network, x_0, random)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            take_step(optimizers, learning_rate(settings, step))
-            update_average(average, model, step, steps)
+    def recent_loss():
+        return f", loss {losses[max(0, step - 20):step].mean():.4f}"
 
-            losses[step - 1] = loss.detach()
-            progress.done = step
-            saving = step % save_every == 0 or step == steps or ctrl_c.is_set()
-            if saving or progress.due():
-                check_finite(norm, step)
-                progress.show(f", loss {losses[max(0, step - 20):step].mean():.4f}")
-            if saving:
-                save({"settings": settings, "step": step, "losses": losses,
-                      "model": model.state_dict(), "average": average.state_dict(),
-                      "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-            if ctrl_c.is_set():
-                raise KeyboardInterrupt(f"after step {step}, which is saved: --resume goes on")
+    for step in progress(range(done + 1, steps + 1), "training: step", steps, done, recent_loss):
+        random = generator(settings["seed"], step, rank)
 
+        x_0 = draw_digits(images, settings["batch_size"] // world, random).to(device)
+        loss = ddpm.loss(network, x_0, random)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        take_step(optimizers, learning_rate(settings, step))
+        update_average(average, model, step, steps)
 
-def check_finite(norm, step):
-    if not norm.isfinite():  # and it stays so: a look now and then is enough
-        raise InputError(f"the gradient stopped being finite by step {step}: try a smaller --lr; "
-                         "the last checkpoint is as it was")
+        if not norm.isfinite():
+            raise InputError(f"the gradient stopped being finite at step {step}: try a smaller "
+                             "--lr; the last checkpoint is as it was")
+        losses[step - 1] = loss.detach()
+        stopped = stop()
+        if stopped or step == steps or step % save_every == 0:
+            save({"settings": settings, "step": step, "losses": losses,
+                  "model": model.state_dict(), "average": average.state_dict(),
+                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        if stopped:
+            raise KeyboardInterrupt(f"after step {step}, which is saved: --resume goes on")
 
 
 def test_losses(model, ddpm, x_0):
     """The loss (8) of each of the digits x_0, (N,): t = 1..T in turn, and always the same noise."""
     t = 1 + torch.arange(len(x_0)) % ddpm.T
     noise = torch.randn(x_0.shape, generator=generator(0))
-    losses, progress = [], Progress("test loss", "digits", len(x_0))
-    for x, t, eps in zip(x_0.split(100), t.split(100), noise.split(100)):
-        error = model(ddpm.q_sample(x, t, eps), t) - eps
-        losses.append(error.square().flatten(1).mean(1))
-        progress.advance(len(x))
-    return torch.cat(losses)
+    batches = list(zip(x_0.split(100), t.split(100), noise.split(100)))
+    errors = [model(ddpm.q_sample(x, t, eps), t) - eps
+              for x, t, eps in progress(batches, "test loss: batch", len(batches))]
+    return torch.cat(errors).square().flatten(1).mean(1)
 
 
 def mean_and_error(values):
@@ -430,11 +359,10 @@ def mean_and_error(values):
 
 def report(path, data):
     """Print what the network is worth, beside the best linear denoiser and saying nothing."""
-    model, ddpm = load_checkpoint(path)
-    train_x, test_x = to_pixels(data[0]), to_pixels(data[2])
-    linear = GaussianEps(ddpm, train_x.mean(0), train_x.flatten(1).T.cov())
-    loss, error = mean_and_error(test_losses(model, ddpm, test_x))
-    linear_loss, _ = mean_and_error(test_losses(linear, ddpm, test_x))
+    run, train_x, test_x = read_checkpoint(path), to_pixels(data[0]), to_pixels(data[2])
+    linear = GaussianEps(run["ddpm"], train_x.mean(0), train_x.flatten(1).T.cov())
+    loss, error = mean_and_error(test_losses(run["network"], run["ddpm"], test_x))
+    linear_loss = test_losses(linear, run["ddpm"], test_x).mean()
     print(f"test loss (8): {loss:.4f} +- {error:.4f} over {len(test_x)} test digits")
     print(f"to compare: {linear_loss:.4f} for the best linear denoiser, 1 for always saying 0")
     print(f"next: python figures.py --checkpoint {path}")
@@ -442,13 +370,17 @@ def report(path, data):
 
 def careful_save(path, extra):
     """A save(state) for train() that writes path, unless another run has written it meanwhile."""
-    seen = [version(path)]
+    def written():
+        return path.exists() and path.stat().st_mtime_ns
+
+    last = written()
 
     def save(state):
-        if version(path) != seen[-1]:
+        nonlocal last
+        if written() != last:
             raise InputError(f"{path} was written by another run: give each its own --out")
         write_file(path, lambda file: torch.save(state | extra, file))
-        seen.append(version(path))
+        last = written()
     return save
 
 
@@ -462,7 +394,7 @@ def main():
         raise InputError(f"{path} holds a run: add --resume to go on with it, --overwrite to "
                          "replace it, or take another --out")
     data = load_mnist(flags.data)
-    check_fit(settings, data[0], world)
+    check_settings(settings, data[0].shape[2:], world)
     fingerprint = zlib.crc32(data[0].numpy())
     if state and state["data"] != fingerprint:
         raise InputError(f"{path} was trained on other digits: name their folder with --data")
@@ -476,7 +408,12 @@ def main():
     print(f"{len(data[0])} digits of {data[0][0].numel()} pixels, T = {settings['timesteps']}, "
           f"{settings['steps']} steps of {settings['batch_size']} digits")
     print(f"on {device} with {torch.get_num_threads()} threads; the network is written to {path}")
-    train(settings, data[0], device, save, state, flags.save_every, rank, world)
+    pressed = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: pressed.set())  # Ctrl-C: a step can end and be saved
+    try:
+        train(settings, data[0], device, save, state, flags.save_every, rank, world, pressed.is_set)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if world > 1:
         distributed.destroy_process_group()
     if rank == 0:
