@@ -1,5 +1,4 @@
-"""Measure what a network of train.py is worth, and draw the figures: out/model.pt comes in,
-out/figures/ with pictures and metrics.json goes out.
+"""Measure and draw what a network is worth: out/model.pt comes in, out/figures/ goes out.
 
     python figures.py                       what needs no network; after python train.py, all
     python figures.py --image photo.png     with another picture than the condor
@@ -46,17 +45,12 @@ STYLES = {
     "reverse": dict(color="#D55E00", marker="D", label="network, reverse process"),
 }
 NETWORK, REVERSE = STYLES["network"]["color"], STYLES["reverse"]["color"]
-LOOK = {"font.size": 12, "axes.titlesize": 13, "axes.spines.top": False, "axes.grid": True,
-        "axes.spines.right": False, "grid.alpha": 0.3, "lines.linewidth": 2,
-        "legend.frameon": False, "legend.fontsize": 10}
+LOOK = {"font.size": 12, "axes.titlesize": 13, "legend.fontsize": 10, "legend.frameon": False,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+        "lines.linewidth": 2, "errorbar.capsize": 3, "savefig.dpi": 150, "savefig.bbox": "tight"}
 
 
 # Measuring
-
-def fractions(parts, T):
-    """The times at these parts of T, from 1 up."""
-    return sorted({max(1, round(part * T)) for part in parts})
-
 
 def train_classifier(x, labels, seed):
     """A small network that reads digits; classifier[:-1](x) are the 32 features it decides by."""
@@ -81,9 +75,8 @@ def train_classifier(x, labels, seed):
 def linear_losses(ddpm, mean, cov):
     """The loss (8) of the best linear estimate of ε for data with this mean and covariance.
 
-    (told, not told): with a matrix for each t, and with a single one for all. With S the covariance
-    of x_t, and s the mean of √(1-ᾱ_t), the loss is 1 - s² tr(S⁻¹)/D; not told t, S also has the
-    variance of the mean √ᾱ_t m.
+    Told t, with a matrix for each; not told, with one for all. With S the covariance of x_t and s
+    the mean of √(1-ᾱ_t), it is 1 - s² tr(S⁻¹)/D; not told, S has the variance of √ᾱ_t m as well.
     """
     alpha_bar = ddpm.alpha_bar[1:, None]
     variances = torch.linalg.eigvalsh(cov.double())
@@ -91,7 +84,7 @@ def linear_losses(ddpm, mean, cov):
     mixed = alpha_bar.mean() * cov + (1 - alpha_bar.mean()) * torch.eye(len(cov))
     mixed += alpha_bar.sqrt().var(correction=0) * torch.outer(mean.flatten(), mean.flatten())
     not_told = 1 - (1 - alpha_bar).sqrt().mean() ** 2 / torch.linalg.eigvalsh(mixed)
-    return told.mean().item(), not_told.mean().item()
+    return {"told_t": told.mean().item(), "not_told_t": not_told.mean().item()}
 
 
 def measure_loss(model, ddpm, x_0):
@@ -107,12 +100,13 @@ def measure_loss(model, ddpm, x_0):
 def measure_denoising(methods, reverse, ddpm, x_0, labels, classifier, random):
     """The same noisy digits, denoised by each method: (metrics, pictures), by t and method."""
     metrics, pictures = {}, {name: {} for name in STYLES} | {"clean": x_0}
-    for t in fractions(TIMES, ddpm.T):
+    times, walks = ({max(1, round(part * ddpm.T)) for part in parts} for parts in (TIMES, WALKS))
+    for t in sorted(times):
         x_t = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=random))
-        times = torch.full((len(x_t),), t)
-        estimates = {name: ddpm.predict_x0(x_t, model(x_t, times), t)
+        t_of_each = torch.full((len(x_t),), t)
+        estimates = {name: ddpm.predict_x0(x_t, model(x_t, t_of_each), t)
                      for name, model in methods.items()}
-        if t in fractions(WALKS, ddpm.T):
+        if t in walks:
             estimates["reverse"], pictures["path"] = reverse(x_t, t)
         metrics[t] = {}
         for name, x in estimates.items():
@@ -149,14 +143,6 @@ def frechet_and_error(a, b):
     return frechet_distance(a, b), (without.var(correction=0) * 9).sqrt().item()
 
 
-def measure_generation(starts, others, classifier):
-    """How digits are drawn from each start: Fréchet distance to other digits, and surely read."""
-    reference = torch.cat([classifier[:-1](x) for x in others.split(100)])
-    return {name: {"frechet": frechet_and_error(classifier[:-1](x), reference),
-                   "sure": mean_and_error((classifier(x).softmax(1).amax(1) > 0.9).float())}
-            for name, x in starts.items()}
-
-
 def nats_from_standard(ddpm, x_0, mean):
     """KL(q(x_T | x_0) || N(0, I)), a mean over digits; and the part that their mean image has."""
     a, norms = ddpm.alpha_bar[-1].item(), x_0.square().flatten(1).sum(1)
@@ -173,10 +159,10 @@ def measure(network, ddpm, data, digits, seed):
     methods = {"noisy": lambda x_t, t: torch.zeros_like(x_t), "linear": linear,
                "memory": EmpiricalEps(ddpm, train_x), "network": network}
     seen = {"memory": test_x[:1000]}  # it is slow
-    metrics = {"losses": {name: measure_loss(model, ddpm, seen.get(name, test_x))
-                          for name, model in methods.items()}}
+    losses = {name: measure_loss(model, ddpm, seen.get(name, test_x))
+              for name, model in methods.items()}
     chosen, rest = torch.randperm(len(test_x), generator=random).tensor_split([digits])
-    x_0, labels, others = test_x[chosen], data[3][chosen], test_x[rest]
+    x_0, labels = test_x[chosen], data[3][chosen]
 
     def reverse(x, t=ddpm.T):
         """Where (2) leads from x_t: (x_0, [(s, x_s) of 16 of them for each s])."""
@@ -185,19 +171,22 @@ def measure(network, ddpm, data, digits, seed):
             path.append((s, x[:16].clone()))
         return x, path
 
-    metrics["denoising"], pictures = measure_denoising(methods, reverse, ddpm, x_0, labels,
-                                                       classifier, random)
+    denoising, pictures = measure_denoising(methods, reverse, ddpm, x_0, labels, classifier, random)
     noise = torch.randn(x_0.shape, generator=random)
     matched = linear.sample(digits, random).float().reshape(x_0.shape)
     pictures["made"] = {
         "real digits": x_0, "noised digits": pictures["reverse"][ddpm.T][0],
         "matched Gaussian": reverse(ddpm.q_sample(matched, ddpm.T, noise))[0],
         "N(0, I)": reverse(torch.randn(x_0.shape, generator=random))[0]}
-    metrics["generation"] = measure_generation(pictures["made"], others, classifier)
-    metrics["grey"] = grey_pixels(network, ddpm, x_0, fractions(TIMES, ddpm.T)[0], random)
-    metrics["nats"] = nats_from_standard(ddpm, test_x, mean)
-    metrics["linear"] = dict(zip(("told_t", "not_told_t"), linear_losses(ddpm, mean, cov)))
-    metrics["clean"] = mean_and_error((classifier(x_0).argmax(1) == labels).float())
+    others = torch.cat([classifier[:-1](x) for x in test_x[rest].split(100)])
+    generation = {name: {"frechet": frechet_and_error(classifier[:-1](x), others),
+                         "sure": mean_and_error((classifier(x).softmax(1).amax(1) > 0.9).float())}
+                  for name, x in pictures["made"].items()}
+    metrics = {"losses": losses, "denoising": denoising, "generation": generation,
+               "grey": grey_pixels(network, ddpm, x_0, min(denoising), random),
+               "nats": nats_from_standard(ddpm, test_x, mean),
+               "linear": linear_losses(ddpm, mean, cov),
+               "clean": mean_and_error((classifier(x_0).argmax(1) == labels).float())}
     return metrics, pictures
 
 
@@ -215,17 +204,17 @@ def fit_limit(runs):
     return a, b, c
 
 
-GROWTH = {  # one setting changed at a time: flags of train.py
-    "the default": [],
-    "batch 8": ["--batch-size", "8"],
-    "batch 128": ["--batch-size", "128"],
-    "batch 512": ["--batch-size", "512"],
-    "T = 1000": ["--timesteps", "1000"],
-    "56 x 56 pixels": ["--data", "56"],
-    "half as wide": ["--channels", "8", "16", "32"],
-    "twice as wide": ["--channels", "32", "64", "128"],
-    "AdamW alone": ["--muon", "0"],
-    "two processes": ["--device", "cpu"],
+GROWTH = {  # one thing changed at a time: flags of train.py
+    "the default": "",
+    "batch 8": "--batch-size 8",
+    "batch 128": "--batch-size 128",
+    "batch 512": "--batch-size 512",
+    "T = 1000": "--timesteps 1000",
+    "56 x 56 pixels": "--data 56",
+    "half as wide": "--channels 8 16 32",
+    "twice as wide": "--channels 32 64 128",
+    "AdamW alone": "--muon 0",
+    "two processes": "--device cpu",
 }
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -241,7 +230,7 @@ def measure_growth(images):
         for name, flags in 2 * list(GROWTH.items()):
             launcher = TORCHRUN if name == "two processes" else []
             run = [sys.executable, *launcher, here / "train.py", "--steps", "30", "--data", "28",
-                   "--overwrite", *flags]
+                   "--overwrite", *flags.split()]
             process = subprocess.Popen(run, cwd=folder, stdout=subprocess.PIPE)
             speed = re.findall(r"training: .*?, (\S+)/s", process.stdout.read().decode())[-1]
             _, _, usage = os.wait4(process.pid, 0)
@@ -278,8 +267,7 @@ def in_hundreds(model):
 
 def print_table(metrics):
     """The measurements, in the width of a terminal and in ASCII."""
-    print("\nPSNR in dB, and digits that the classifier reads "
-          f"({metrics['clean'][0]:.0%} of the clean ones)")
+    print(f"\nPSNR in dB, and digits read rightly ({metrics['clean'][0]:.0%} of the clean ones)")
     print("   t" + "".join(f"{name:>14}" for name in STYLES))
     for t, row in metrics["denoising"].items():
         cells = [f"{cell['psnr'][0]:9.1f} {cell['read'][0]:4.0%}" for cell in row.values()]
@@ -295,14 +283,13 @@ def print_table(metrics):
 def read_image(path):
     """A picture file as (3, H, W) in [-1, 1], what is transparent laid on white."""
     try:
-        pixels = torch.tensor(np.atleast_3d(imread(path)))
+        pixels = torch.tensor(np.atleast_3d(imread(path))).permute(2, 0, 1)
     except Exception as error:  # a damaged picture can make the decoder raise almost anything
         raise InputError(f"{path} can't be read as a picture ({error}): --image takes a PNG file")
     largest = 1 if pixels.is_floating_point() else torch.iinfo(pixels.dtype).max
-    pixels = pixels.float().permute(2, 0, 1) / largest
-    if len(pixels) == 4:
-        pixels = pixels[:3] * pixels[3:] + 1 - pixels[3:]
-    return pixels.expand(3, -1, -1) * 2 - 1
+    pixels = pixels / largest
+    opacity = pixels[3:] if len(pixels) == 4 else 1
+    return (pixels[:3] * opacity + (1 - opacity)).expand(3, -1, -1) * 2 - 1
 
 
 def new_figure(width, height, rows=1, columns=1):
@@ -315,7 +302,6 @@ def show(axes, picture):
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     axes.imshow(pixels.expand(-1, -1, 3).numpy(), interpolation="nearest")
     axes.set(xticks=[], yticks=[], frame_on=False)
-    axes.grid(False)
 
 
 def draw_forward(image):
@@ -378,7 +364,7 @@ def draw_bayes():
     ddpm, x_0 = DDPM(linear_beta()), torch.tensor([1.0])
     figure, axes = new_figure(13, 4, 1, 3)
     for cell, t in zip(axes, (2, 20, 200)):
-        alpha, alpha_bar, before = ddpm.alpha[t], ddpm.alpha_bar[t], ddpm.alpha_bar[t - 1]
+        alpha, before = ddpm.alpha[t], ddpm.alpha_bar[t - 1]
         x_t = ddpm.q_sample(x_0, t, torch.tensor([-1.5]))
         mean, variance = ddpm.posterior_mean(x_t, x_0, t), ddpm.posterior_variance(t)
         width = 3.5 * max(1 - before, ddpm.beta[t] / alpha).sqrt()
@@ -390,7 +376,7 @@ def draw_bayes():
         cell.fill_between(x, normal(x, mean, variance), color=REVERSE, alpha=0.5,
                           label="product: $p(x_{t-1}|x_t,x_0)$")
         cell.axvline(mean, color="black", linestyle=":", label="its mean $\\mu(x_t,x_0)$, eq. (4)")
-        share = (ddpm.beta[t] / (1 - alpha_bar)).item()
+        share = ddpm.beta[t] / (1 - ddpm.alpha_bar[t])
         cell.set(title=f"t = {t}: $x_0$ has {share:.0%} of the weight", xlabel="$x_{t-1}$",
                  yticks=[], ylim=(0, 1.05))
     axes[0].set_ylabel("density / its maximum")
@@ -400,24 +386,23 @@ def draw_bayes():
 
 def draw_schedule():
     """√ᾱ_t, √(1-ᾱ_t) and their squares' ratio, with the times of the condor marked."""
-    ddpm = DDPM(linear_beta())
-    t, alpha_bar, marked = torch.arange(ddpm.T + 1), ddpm.alpha_bar, [3, 10, 30, 100, 200]
+    alpha_bar, marked = DDPM(linear_beta()).alpha_bar, [3, 10, 30, 100, 200]
     figure, (left, right) = new_figure(12, 4, 1, 2)
-    left.plot(t, alpha_bar.sqrt(), "-o", color=SIGNAL, markevery=marked,
+    left.plot(alpha_bar.sqrt(), "-o", color=SIGNAL, markevery=marked,
               label="signal, $\\sqrt{\\bar{\\alpha}_t}$")
-    left.plot(t, (1 - alpha_bar).sqrt(), "-x", color=NOISE, markevery=marked,
+    left.plot((1 - alpha_bar).sqrt(), "-x", color=NOISE, markevery=marked,
               label="noise, $\\sqrt{1-\\bar{\\alpha}_t}$")
     left.set(title="$x_t$ = signal · $x_0$ + noise · $\\epsilon$", xlabel="t", ylabel="factor",
              xlim=(0, 203), ylim=(0, 1.05))
     left.legend()
-    ratio = alpha_bar[1:] / (1 - alpha_bar[1:])
-    right.semilogy(t[1:], ratio, "-o", color="black", markevery=[i - 1 for i in marked])
+    ratio = alpha_bar / (1 - alpha_bar)
+    right.semilogy(ratio, "-o", color="black", markevery=marked)
     right.axhline(1, color=NOISE, linestyle=":")
     right.text(5, 0.8, "as much noise as signal", va="top", fontsize=10)
     right.set(title="signal-to-noise ratio", xlabel="t", xlim=(0, 203),
               ylabel="$\\bar{\\alpha}_t\\,/\\,(1-\\bar{\\alpha}_t)$")
-    for i in marked:
-        right.annotate(f"{i}", (i, ratio[i - 1]), (6, 6), textcoords="offset points", fontsize=10)
+    for t in marked:
+        right.annotate(f"{t}", (t, ratio[t]), (6, 6), textcoords="offset points", fontsize=10)
     return figure
 
 
@@ -472,7 +457,7 @@ def draw_compute(runs):
     a, b, c = fit_limit(told)
     lengths = [run["settings"]["steps"] for run in told]
     mean, error = np.array([run["loss"] for run in told]).T
-    left.errorbar(lengths, mean, 2 * error, fmt="o", color=NETWORK, capsize=3)
+    left.errorbar(lengths, mean, 2 * error, fmt="o", color=NETWORK)
     steps = np.geomspace(min(lengths), 4 * max(lengths), 99)
     left.plot(steps, a + b * steps**-c, "--", color=NETWORK,
               label=f"{a:.4f} + {b:.2f} / steps$^{{{c:.2f}}}$")
@@ -500,7 +485,7 @@ def draw_quality(metrics):
         cells = {t: row[name] for t, row in metrics["denoising"].items() if name in row}
         for axes, key in (left, "psnr"), (right, "read"):
             mean, error = np.array([cell[key] for cell in cells.values()]).T
-            axes.errorbar(list(cells), mean, 2 * error, **style, capsize=3)
+            axes.errorbar(list(cells), mean, 2 * error, **style)
     left.set(title="how near is the estimate to the clean digit?", xlabel="t", xticks=times,
              ylabel="PSNR in dB (±2 standard errors)")
     left.legend()
@@ -513,7 +498,7 @@ def draw_quality(metrics):
     return figure
 
 
-def draw_grid(rows, labels, titles, each=1, frames=None):
+def draw_grid(rows, labels, titles, each=1, frames=()):
     """Rows of pictures, a label at the left of each, a title over each group of `each` columns."""
     _, height, width = rows[0][0].shape
     gap = width // 9
@@ -528,8 +513,8 @@ def draw_grid(rows, labels, titles, each=1, frames=None):
     axes.set_yticks([y + height / 2 for y in top], labels)
     middles = [(left[i] + left[i + each - 1] + width) / 2 for i in range(0, len(left), each)]
     axes.set_xticks(middles, titles)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    for i, j in frames or []:
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, grid_alpha=0)
+    for i, j in frames:
         axes.add_patch(Rectangle((left[j] - 1.5, top[i] - 1.5), width + 2, height + 2, fill=False,
                                  color=MISREAD, linewidth=3))
     return figure
@@ -590,39 +575,19 @@ def film(steps, path):
                 left.set_title(f"$x_t$, t = {t}")
                 right.set_title("$\\hat{x}_0$ seen in it")
                 writer.grab_frame()
-        content = Path(f"{folder}/film.gif").read_bytes()
-    write_file(path, lambda file: file.write(content))
+        write_file(path, lambda file: file.write(Path(folder, "film.gif").read_bytes()))
     print(path)
 
 
 def save(figure, folder, name):
-    for kind, metadata in ("png", {}), ("pdf", {"CreationDate": None}):
-        write_file(folder / f"{name}.{kind}",
-                   lambda file: figure.savefig(file, format=kind, dpi=150, metadata=metadata,
-                                               bbox_inches="tight"))
+    for kind in "png", "pdf":
+        write_file(folder / f"{name}.{kind}", lambda file: figure.savefig(
+            file, format=kind, metadata={"CreationDate": None}))
     print(folder / f"{name}.png")
 
 
 def save_numbers(numbers, path):
-    text = json.dumps(numbers, indent=1)
-    write_file(path, lambda file: file.write(text.encode()))
-
-
-def parse_flags():
-    parser = new_parser(__doc__, "out/figures")
-    parser.add_argument("--image", type=Path, default=Path(__file__).parent / "condor.png",
-                        metavar="PNG", help="for the forward process (default: condor.png)")
-    parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
-                        help="what to measure, and others beside it (default: out/model.pt)")
-    parser.add_argument("--digits", type=int, default=50, metavar="N",
-                        help="test digits that walk through the reverse process (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
-    parser.add_argument("--growth", action="store_true",
-                        help="measure what a step of training costs, and no more")
-    flags = parser.parse_args()
-    if not 0 <= flags.seed < 2**32:
-        parser.error(f"--seed must be from 0 to {2**32 - 1}, got {flags.seed}")
-    return flags
+    write_file(path, lambda file: file.write(json.dumps(numbers, indent=1).encode()))
 
 
 def draw_without_network(image, images, out):
@@ -639,12 +604,11 @@ def measure_and_draw(states, data, digits, seed, out):
     metrics, pictures = measure(network, ddpm, data, digits, seed)
     history = [(20 * i + len(part), part.mean().item())
                for i, part in enumerate(states[0]["losses"].split(20))]
-    rows, test_x = [metrics["losses"]["network"]], to_pixels(data[2])
-    for state in states[1:]:
-        rows.append(measure_loss(in_hundreds(state["network"]), state["ddpm"], test_x))
+    others = [measure_loss(in_hundreds(state["network"]), state["ddpm"], to_pixels(data[2]))
+              for state in states[1:]]
     runs = [row | {"settings": state["settings"],
                    "parameters": sum(p.numel() for p in state["network"].parameters())}
-            for state, row in zip(states, rows)]
+            for state, row in zip(states, [metrics["losses"]["network"], *others])]
     metrics |= {"digits": digits, "seed": seed, "history": history, "runs": runs}
     save_numbers(metrics, out / "metrics.json")
     print_table(metrics)
@@ -660,14 +624,24 @@ def measure_and_draw(states, data, digits, seed, out):
 
 
 def main():
-    flags = parse_flags()
+    parser = new_parser(__doc__, "out/figures")
+    parser.add_argument("--image", type=Path, default=Path(__file__).parent / "condor.png",
+                        metavar="PNG", help="for the forward process (default: condor.png)")
+    parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
+                        help="what to measure, and others beside it (default: out/model.pt)")
+    parser.add_argument("--digits", type=int, default=50, metavar="N",
+                        help="test digits that walk through the reverse process (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
+    parser.add_argument("--growth", action="store_true", help="only measure what a step costs")
+    flags = parser.parse_args()
+    if not 0 <= flags.seed < 2**32:
+        parser.error(f"--seed must be from 0 to {2**32 - 1}, got {flags.seed}")
     image, data = read_image(flags.image), load_mnist(flags.data)
     states = [read_checkpoint(path) for path in flags.checkpoint or Path("out").glob("model.pt")]
     if any(state["data"] != zlib.crc32(data[0].numpy()) for state in states):
         raise InputError("the network was trained on other digits: name their folder with --data")
     if states and not 16 <= flags.digits <= len(data[2]) // 2:
-        raise InputError("--digits must be from 16 to half of the test digits, "
-                         f"{len(data[2]) // 2}, got {flags.digits}")
+        raise InputError(f"--digits must be from 16 to {len(data[2]) // 2}, half the test digits")
     flags.out.mkdir(parents=True, exist_ok=True)
     if flags.growth:
         save_numbers(measure_growth(data[0][:2000]), flags.out / "growth.json")

@@ -43,13 +43,12 @@ def chain(draw, first_t=1):
 
     β_0 is NaN: it must reach no result.
     """
-    T = draw(st.integers(first_t, 8))
-    beta = draw(st.lists(st.floats(1e-3, 0.999), min_size=T, max_size=T))
-    t = draw(st.integers(first_t, T))
+    beta = draw(st.lists(st.floats(1e-3, 0.999), min_size=first_t, max_size=8))
+    t = draw(st.integers(first_t, len(beta)))
     B, *shape = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
     seed = draw(st.integers(0, 2**32))
     x, y, eps = normal(3, B, *shape, seed=seed)
-    times = torch.randint(first_t, T + 1, (B,), generator=seeded(seed))
+    times = torch.randint(first_t, len(beta) + 1, (B,), generator=seeded(seed))
     return SimpleNamespace(d=DDPM([NAN] + beta), t=t, times=times, x=x, y=y, eps=eps,
                            zero=0 * x, one=0 * x + 1, seed=seed)
 
@@ -73,7 +72,6 @@ def test_eq4_is_eq6_when_x_t_comes_from_eq5(c):
 
 
 # 1. Forward process
-
 
 def marginal(d, t):
     """√ᾱ_t and 1-ᾱ_t, without ᾱ: what (1) does to a mean and to a variance, one β at a time."""
@@ -122,7 +120,6 @@ def test_eq5_solved_for_x_0_gives_the_x_0_that_explains_x_t(c):
 
 
 # 2. Reverse process
-
 
 D, X = DDPM([NAN, 0.1, 0.2, 0.3]), torch.zeros(2, 5, dtype=F64)
 both_variances = st.sampled_from([{}, {"variance": "posterior"}])
@@ -195,21 +192,18 @@ def test_eq2_is_iterated_from_t_to_0_without_noise_in_the_last_step(c, variance)
     assert steps[0][1].equal(other[0][1]) == (c.t == 1)  # another seed, another path
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_eq2_has_no_gradient_and_asks_the_model_with_an_int64_t_for_each_sample(device):
+def test_eq2_has_no_gradient_and_asks_the_model_with_an_int64_t_for_each_sample():
     seen, weight = [], torch.ones((), requires_grad=True)
-    path = D.p_sample(lambda x, t: seen.append(t) or weight * x, X.to(device))
+    path = D.p_sample(lambda x, t: seen.append(t) or weight * x, X)
     assert not any(x.requires_grad for _, x in path)
-    assert [(t.dtype, t.shape, t.device.type) for t in seen] == 3 * [(torch.int64, (2,), device)]
+    assert [(t.dtype, t.shape) for t in seen] == 3 * [(torch.int64, (2,))]
 
 
 # 3. The schedule of the condor
 
-
 @given(st.integers(1, 50), st.floats(0, 1), st.floats(0, 1))
 def test_linear_beta_is_a_straight_line_and_by_default_that_of_the_sheet(T, beta_0, beta_T):
     beta = linear_beta(T, beta_0, beta_T)
-    assert len(beta) == T + 1
     close(beta[[0, -1]], [beta_0, beta_T])
     close(beta.diff(), (beta_T - beta_0) / T)
     close(linear_beta()[[0, -1]], [0.0001, 0.02])
@@ -217,7 +211,6 @@ def test_linear_beta_is_a_straight_line_and_by_default_that_of_the_sheet(T, beta
 
 
 # 5. Loss
-
 
 def what_the_model_sees(d, x_0, generator=None):
     seen = []
@@ -286,8 +279,6 @@ def test_generator_decides_the_noise_alike_on_every_device():
         D.loss(wave, X.to(device), generator)
         D.p_step(wave, X.to(device), 2, generator=generator)
     assert generators[0].get_state().equal(generators[1].get_state())
-    losses, again = [[D.loss(wave, X, seeded(seed)).item() for seed in range(20)] for _ in "12"]
-    assert losses == again and len(set(losses)) == 20
     torch.manual_seed(0)
     first, second = D.loss(wave, X), D.loss(wave, X)
     torch.manual_seed(0)
@@ -295,7 +286,6 @@ def test_generator_decides_the_noise_alike_on_every_device():
 
 
 # The exact ε in the place of the network
-
 
 MEAN, I2 = torch.tensor([1.0, -0.5], dtype=F64), torch.eye(2, dtype=F64)
 COV = torch.tensor([[0.8, 0.3], [0.3, 0.2]], dtype=F64)
@@ -390,7 +380,6 @@ def test_eq2_with_the_exact_eps_in_many_small_steps_lands_on_the_points_in_their
 
 # Mistakes that stand in public code, and a theorem that fails on each
 
-
 def tables_with(wrong_alpha_bar):
     def __init__(self, beta, right=DDPM.__init__):
         right(self, beta)
@@ -464,39 +453,36 @@ def test_the_loss_that_the_mistakes_are_made_in_is_right_without_them(c):
 
 # 4. Network
 
-
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
-def network(channels=(4, 8), seed=0, **options):
+def network(channels=(4, 8), **options):
     """A small UNet with random weights everywhere, also where a fresh one has zeros."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     net = UNet(channels=channels, **options)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return net
 
 
-@given(st.integers(1, 3), st.integers(1, 3),
-       st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=3), st.data())
-def test_unet_returns_the_shape_it_was_given_and_starts_at_zero(batch, in_channels, channels, data):
-    smallest = 2 ** (len(channels) - 1)
-    height, width = (smallest * data.draw(st.integers(1, 3)) for _ in range(2))
-    x = torch.randn(batch, in_channels, height, width)
-    assert network(channels, in_channels=in_channels)(x, torch.arange(batch)).shape == x.shape
-    assert not UNet(in_channels, channels)(x, torch.arange(batch)).any()
+few = st.integers(1, 3)
+
+
+@given(few, few, few, few, st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=3))
+def test_unet_returns_the_shape_it_was_given_and_starts_at_zero(n, colours, rows, columns, widths):
+    smallest, t = 2 ** (len(widths) - 1), torch.arange(n)
+    x = torch.randn(n, colours, rows * smallest, columns * smallest)
+    assert network(widths, in_channels=colours)(x, t).shape == x.shape
+    assert not UNet(colours, widths)(x, t).any()
 
 
 def test_unet_depends_on_the_time_and_treats_each_sample_alone():
-    net, x, t = network(), torch.randn(5, 1, 8, 8), torch.tensor([1, 2, 50, 199, 200])
-    out, order = net(x, t), torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(net(x[order], t[order]), out[order])
-    torch.testing.assert_close(torch.cat([net(a[None], b[None]) for a, b in zip(x, t)]), out)
-    same = x[:1].expand(5, -1, -1, -1)
-    apart = torch.cdist(net(same, t).flatten(1), net(same, t).flatten(1))
-    assert (apart + torch.eye(5) > 1e-3).all()
-    untold = network(told_t=False)
+    net, x, t = network(), torch.randn(5, 1, 8, 8), torch.tensor([50, 1, 200, 2, 199])
+    alone = torch.cat([net(a[None], b[None]) for a, b in zip(x, t)])
+    torch.testing.assert_close(net(x, t), alone)
+    same, untold = x[:1].expand(5, -1, -1, -1), network(told_t=False)
+    assert torch.pdist(net(same, t).flatten(1)).min() > 1e-3
     assert untold(same, t).equal(untold(same, t * 0))
 
 
@@ -505,10 +491,8 @@ def test_a_skip_takes_the_way_down_to_the_way_up(level):
     """With all that lies deeper cut off, a level is still heard at the output."""
     net = network((4, 8, 8))
     torch.nn.init.zeros_(net.narrow[level].weight)
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 200])
-    before = net(x, t)
-    net.down[level].load_state_dict(network((4, 8, 8), seed=1).down[level].state_dict())
-    assert (net(x, t) - before).abs().max() > 1e-3
+    net(torch.randn(2, 1, 8, 8), torch.tensor([1, 200])).square().sum().backward()
+    assert all(p.grad.abs().max() > 1e-6 for p in net.down[level].parameters())
 
 
 def test_the_drawing_of_the_unet_has_the_widths_and_the_sides_of_its_levels():
@@ -521,26 +505,20 @@ def test_the_drawing_of_the_unet_has_the_widths_and_the_sides_of_its_levels():
     assert len(drawn) == 3 and all(line.strip() in README for line in drawn)
 
 
-def test_a_residual_block_adds_a_normalised_correction():
-    """x + f(x): with the last layer of f at zero nothing is added, and f takes the scale away."""
-    x, time = torch.randn(2, 8, 4, 4), torch.randn(2, 64)
-    block = network().down[1][0]
+def test_a_residual_block_begins_with_nothing_and_adds_a_normalised_correction():
+    x, (time, another) = torch.randn(2, 4, 4, 4), torch.randn(2, 2, 64)
+    block = ResidualBlock(4, 4, 64)
+    assert block(x, time).equal(x)
+    torch.nn.init.normal_(block.conv2.weight)
+    assert block(x, time).equal(block(x, another))  # the scale and the shift are still zero
+    norm, block.norm = block.norm, torch.nn.Identity()
+    correction, mirrored, at_0 = (block(y, time) - y for y in (x, -x, 0 * x))
+    assert (correction + mirrored - 2 * at_0).abs().max() > 0.1  # and it is no affine map of x
+    block.norm = norm
+    torch.nn.init.normal_(block.time.weight)
     before = block(x, time)
     block.conv1.register_forward_hook(lambda conv, inputs, h: 100 * h)
     torch.testing.assert_close(block(x, time), before, rtol=1e-3, atol=1e-3)
-    block.conv2.register_forward_hook(lambda conv, inputs, h: 0 * h)
-    assert block(x, time).equal(x)
-
-
-def test_a_fresh_residual_block_adds_nothing_and_begins_with_a_correction_of_x_alone():
-    x, times = torch.randn(2, 4, 4, 4), torch.randn(2, 2, 64)
-    block = ResidualBlock(4, 4, 64)
-    assert block(x, times[0]).equal(x)
-    torch.nn.init.normal_(block.conv2.weight)
-    assert block(x, times[0]).equal(block(x, times[1]))  # the scale and the shift are still zero
-    block.norm = torch.nn.Identity()
-    correction, mirrored, at_0 = (block(y, times[0]) - y for y in (x, -x, 0 * x))
-    assert (correction + mirrored - 2 * at_0).abs().max() > 0.1  # and it is no affine map of x
 
 
 def test_time_embedding_tells_1_to_1000_apart_from_fast_to_slow():
@@ -553,36 +531,21 @@ def test_time_embedding_tells_1_to_1000_apart_from_fast_to_slow():
     torch.testing.assert_close(angles, torch.linspace(0, -math.log(1000), 32), rtol=1e-4, atol=1e-4)
 
 
-def test_ten_steps_reduce_the_loss_from_1():
-    torch.manual_seed(0)
-    net, x_0 = UNet(channels=(8, 8)), torch.randn(8, 1, 1, 1).expand(-1, -1, 8, 8)
-    adam, losses = torch.optim.Adam(net.parameters(), 1e-2), []
-    for _ in range(11):
-        losses.append(DDPM(linear_beta()).loss(net, x_0, seeded(0)))
-        adam.zero_grad()
-        losses[-1].backward()
-        adam.step()
-    assert abs(losses[0] - 1) < 0.2 and losses[-1] < 0.7 * losses[0]
-
-
 # 6. Training: from here on, what runs the program and looks at its files
 
-
 import ast
-import gzip
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import numpy as np
@@ -592,20 +555,18 @@ import figures
 import train
 
 CPU, BARS = torch.device("cpu"), torch.eye(8).repeat(3, 1, 1)[:, None].mul(255).byte()
-TINY = {"steps": 40, "batch_size": 2, "lr": 1e-3, "timesteps": 8, "channels": [4], "told_t": 1,
+TINY = {"steps": 40, "batch_size": 2, "lr": 1e-3, "timesteps": 8, "channels": [4, 8], "told_t": 1,
         "muon": 1, "seed": 0}
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32))
 def test_muon_keeps_the_singular_vectors_and_brings_the_singular_values_together(m, n, seed):
     """Singular values from 0.1 to 1, as they are found, end between 0.4 and 1.3."""
-    u, v = torch.linalg.qr(normal(m, m, seed=seed))[0], torch.linalg.qr(normal(n, n, seed=seed))[0]
-    rank = min(m, n)
-    values = torch.linspace(0.3, 1, rank, dtype=F64)
-    matrix = u[:, :rank] * values @ v[:, :rank].T
-    found = u.T @ train.orthogonal(matrix) @ v
-    close(found, torch.zeros_like(found).diagonal_scatter(found.diagonal()), tol=1e-6)
-    assert ((found.diagonal() > 0.4) & (found.diagonal() < 1.3)).all()
+    u, _, v = torch.linalg.svd(normal(m, n, seed=seed), full_matrices=False)
+    direction = train.orthogonal(u * torch.linspace(0.3, 1, len(v), dtype=F64) @ v)
+    values = (u.T @ direction @ v.T).diagonal()
+    close(direction, u * values @ v)
+    assert ((values > 0.4) & (values < 1.3)).all()
 
 
 def test_muon_is_that_of_torch_within_the_rounding_of_its_bfloat16():
@@ -641,14 +602,12 @@ def test_every_parameter_of_the_unet_gets_a_gradient_and_learns_and_one_with_0_s
 
 
 def test_the_learning_rate_rises_for_a_tenth_of_the_run_and_falls_along_a_line_to_0():
-    rates = []
-    train.train(TINY, BARS, CPU, lambda state: rates.append(
-        [optimizer["param_groups"][0]["lr"] for optimizer in state["optimizers"]]), save_every=1)
+    rates = [[optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+             for _, _, optimizers, _, _ in train.train(TINY, BARS, CPU)]
     muon, adamw = np.array(rates).T / TINY["lr"]
-    assert (muon == adamw).all() and len(muon) == 40
+    assert (muon == adamw).all()
     assert muon[:4] == pytest.approx(np.array([1, 2, 3, 4]) / 4, rel=0.1)
-    assert np.polyfit(np.arange(4, 41), muon[3:], 1) == pytest.approx([-1 / 40, 41 / 40])
-    assert muon[-1] == pytest.approx(1 / 40)
+    assert muon[3:] == pytest.approx(1 - np.arange(3, 40) / 40)
 
 
 def test_the_average_is_of_the_last_weights_and_lags_by_a_thirtieth_of_the_run():
@@ -660,127 +619,94 @@ def test_the_average_is_of_the_last_weights_and_lags_by_a_thirtieth_of_the_run()
     assert average.weight.item() == pytest.approx(600 - 600 / 30 + 1, abs=0.1)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
-    saved, loss, calls, handler = [], DDPM.loss, [], signal.getsignal(signal.SIGINT)
-
-    def loss_that_breaks_at_32(self, *arguments):
-        calls.append(1)
-        return loss(self, *arguments) * (NAN if len(calls) == 32 else 1)
-    monkeypatch.setattr(DDPM, "loss", loss_that_breaks_at_32)
-    with pytest.raises(train.InputError, match="at step 32: try a smaller --lr"):
-        train.train(TINY, BARS, CPU, lambda state: saved.append(state["step"]), save_every=5)
-    assert saved == [5, 10, 15, 20, 25, 30]
-    assert signal.getsignal(signal.SIGINT) is handler
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_can_be_saved(monkeypatch):
+    steps = []
+    monkeypatch.setattr(train, "learning_rate", lambda _, step: NAN if step == 34 else 0)
+    with pytest.raises(train.InputError, match="at step 35: try a smaller --lr"):
+        steps.extend(step for *_, step in train.train(TINY, BARS, CPU))
+    assert steps == list(range(1, 35))
 
 
 def test_train_works_in_a_thread_and_leaves_the_random_numbers_of_the_caller_alone():
-    saved, before = [], torch.get_rng_state()
-    thread = threading.Thread(target=train.train, args=(TINY, BARS, CPU, saved.append))
-    thread.start()
-    thread.join(60)
-    assert saved[-1]["step"] == 40 and torch.get_rng_state().equal(before)
-
-
-def train_as_one_of_two(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    train.train(TINY | {"batch_size": 6, "steps": 1}, BARS, CPU,
-                lambda state: torch.save(state["model"], folder / f"model{rank}"), None, 1, rank, 2)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_take_the_step_of_one_on_the_same_whole_batch(tmp_path):
-    """A child of its own, begun anew on every platform: a fork of torch's threads is not safe."""
-    children = [multiprocessing.get_context("spawn").Process(
-        target=train_as_one_of_two, args=(rank, tmp_path), daemon=True) for rank in range(2)]
-    for child in children:
-        child.start()
-    model, _, optimizers, _, _ = train.begin(TINY, CPU)
-    parts = [train.generator(0, 1, rank) for rank in range(2)]
-    losses = [DDPM(linear_beta(8)).loss(model, train.draw_digits(BARS, 3, random), random)
-              for random in parts]
-    (sum(losses) / 2).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    train.take_step(optimizers, train.learning_rate(TINY | {"steps": 1}, 1))
-    for child in children:
-        child.join(120)
-    for rank in range(2):
-        for name, weights in torch.load(tmp_path / f"model{rank}").items():
-            torch.testing.assert_close(weights, model.state_dict()[name])
+    before = torch.get_rng_state()
+    states = ThreadPoolExecutor().submit(list, train.train(TINY, BARS, CPU)).result(60)
+    assert len(states) == 40 and torch.get_rng_state().equal(before)
 
 
 # 6. The commands, most of them in this process: each of the others imports torch for seconds
 
+SMALL = "--data data --steps 60 --batch-size 4 --channels 4 8 --timesteps 8 --device cpu"
+DIGITS, CHECKPOINT = "data/train-images-idx3-ubyte.gz", "out/model.pt"
 
-SMALL = "--steps 60 --batch-size 4 --channels 4 8 --timesteps 8 --device cpu".split()
-IMAGES_FILE, CHECKPOINT = "data/train-images-idx3-ubyte.gz", "out/model.pt"
 
-
-def command(main, *arguments, folder):
-    """main() of train or figures in that folder: (exit code, what was printed)."""
-    printed, code = io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, arguments)])
+def command(line, fails=False):
+    """What train.py or figures.py prints here: ASCII in 80 columns, if it does not have to fail."""
+    printed, main = io.StringIO(), train.main if line.startswith("train.py") else figures.main
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setenv("COLUMNS", "80")
+        patch.setattr(sys, "argv", line.split())
         patch.setattr(sys, "stdout", printed)
         patch.setattr(sys, "stderr", printed)
-        try:
-            train.run_command(main)
-        except SystemExit as stop:
-            code = stop.code
-    if isinstance(code, str):  # a sentence, that Python prints before it exits with 1
-        return 1, printed.getvalue() + code + "\n"
-    return code, printed.getvalue()
+        sys.exit(train.run_command(main))
+    if isinstance(stop.value.code, str):
+        print(stop.value.code, file=printed)  # as Python does
+    printed = printed.getvalue()
+    assert bool(stop.value.code) == fails, printed
+    assert fails or printed.isascii() and max(map(len, printed.splitlines())) < 80
+    return printed
 
 
-def start(*arguments, folder, **environment):
-    """The command as a process of its own."""
+def start(*arguments, folder=None, **environment):
+    """Python with these arguments, as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], cwd=folder, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+        [sys.executable, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        encoding="utf-8", errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
-def finish(process):
-    """(exit code, what was printed) by a process, that has a minute and a half."""
+def finish(process, code=0):
+    """What a process prints that has a minute and a half to end, with that exit code."""
     try:
         printed, _ = process.communicate(timeout=90)
     finally:
         process.kill()
-    return process.returncode, printed.decode("utf-8", errors="replace")
+    assert process.returncode == code, printed
+    return printed
 
 
-def wait_for(path, process, earlier=0):
-    """Until the process has written path, later than then; not for ever, nor if it died."""
+def wait_for(path, process):
+    """Until the process has written path; not for ever, nor if it died."""
     deadline = time.monotonic() + 90
-    while not path.exists() or path.stat().st_mtime_ns == earlier:
+    while not os.path.exists(path):
         assert process.poll() is None and time.monotonic() < deadline, finish(process)
         time.sleep(0.02)
 
 
-def write_data(folder, train=60, test=40, side=8, seed=0):
+def write_data(folder="data", train=60, test=40, side=8, seed=0):
     """Bright bars on black, one for each label: a data set with the names of MNIST."""
-    folder.mkdir(exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     for split, n in ("train", train), ("t10k", test):
         labels = np.random.default_rng(seed + n).integers(0, min(side, 10), n)
         images = 255 * np.eye(side)[labels][:, :, None].repeat(side, 2)
-        figures.write_idx(folder / f"{split}-images-idx3-ubyte.gz", images)
-        figures.write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
-    return folder
+        figures.write_idx(Path(folder, f"{split}-images-idx3-ubyte.gz"), images)
+        figures.write_idx(Path(folder, f"{split}-labels-idx1-ubyte.gz"), labels)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with data/, and out/ of a small run on it."""
     folder = tmp_path_factory.mktemp("finished")
-    write_data(folder / "data")
-    code, printed = command(train.main, *SMALL, "--data", "data", folder=folder)
-    assert code == 0 and "step 60/60" in printed and "test loss (8)" in printed
-    assert max(map(len, printed.splitlines())) < 80 and printed.isascii()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_data()
+        command(f"train.py {SMALL}")
     return folder
 
 
-def listing(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("out/*"))}
+@pytest.fixture
+def folder(finished, tmp_path, monkeypatch):
+    """A copy of it for one test, which works there."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
 
 def test_the_shipped_data_is_mnist():
@@ -799,163 +725,140 @@ def test_the_shipped_data_is_mnist():
     assert (pixels.min(), pixels.max()) == (-1, 1)
 
 
-def test_the_same_seed_gives_the_same_file_whatever_the_saves_between(finished, tmp_path):
-    for out, options in ("a", []), ("b", ["--save-every", "7"]), ("c", ["--seed", "1"]):
-        data = ["--data", finished / "data", "--out", out]
-        assert command(train.main, *SMALL, *options, *data, folder=tmp_path)[0] == 0
-    a, b, c = ((tmp_path / out / "model.pt").read_bytes() for out in "abc")
-    assert a == b == listing(finished)["model.pt"] != c
+def test_a_run_depends_on_its_seed_but_neither_on_saves_between_nor_on_the_test_digits(folder):
+    whole = Path(CHECKPOINT).read_bytes()
+    write_data(test=30)
+    command(f"train.py {SMALL} --overwrite --save-every 7")
+    assert os.listdir("out") == ["model.pt"] and Path(CHECKPOINT).read_bytes() == whole
+    command(f"train.py {SMALL} --overwrite --seed 1")
+    assert Path(CHECKPOINT).read_bytes() != whole
 
 
-def test_a_finished_run_is_not_overwritten_unasked(finished):
-    before = listing(finished)
-    assert list(before) == ["model.pt"]
-    code, printed = command(train.main, *SMALL, "--data", "data", folder=finished)
-    assert code == 1 and all(word in printed for word in ("--resume", "--overwrite", "--out"))
-    assert listing(finished) == before
-    again = "--data", "data"
-    assert command(train.main, "--resume", *again, folder=finished)[0] == 0
-    assert listing(finished) == before
-    assert command(train.main, "--overwrite", *SMALL, *again, folder=finished)[0] == 0
-    assert listing(finished) == before
+def test_every_step_of_every_process_has_its_own_noise_and_so_has_the_test():
+    keys = [(0, step, rank) for step in range(99) for rank in range(3)]  # the test's: (0, 0, 0)
+    assert len({torch.randn(1, generator=train.generator(*key)).item() for key in keys}) == 297
 
 
-def test_two_runs_do_not_write_one_file(finished, tmp_path):
+def test_two_runs_do_not_write_one_file(tmp_path):
     path = tmp_path / "model.pt"
-    first, second = train.careful_save(path, {}), train.careful_save(path, {})
-    first({"step": 1})
-    first({"step": 2})
+
+    def run_beside_another():
+        for state in train.train(TINY, BARS, CPU):
+            if state[-1] == 5:
+                path.write_bytes(b"of another run")
+                os.utime(path, (1, 1))
+            yield state
     with pytest.raises(train.InputError, match="another run: give each its own --out"):
-        second({"step": 1})
-    assert torch.load(path)["step"] == 2
+        train.save_run(run_beside_another(), path, {"settings": TINY}, 2, lambda: False)
+    assert path.read_bytes() == b"of another run"
 
 
-def test_what_is_measured_is_the_average_of_the_weights_in_the_file(finished):
-    state = train.read_checkpoint(finished / CHECKPOINT)
+def test_training_reduces_the_loss_from_1(finished):
+    losses = train.read_checkpoint(finished / CHECKPOINT)["losses"]
+    assert abs(losses[0] - 1) < 0.2 and losses[-20:].mean() < 0.5
+
+
+def test_what_is_measured_is_the_average_of_the_weights_in_the_file(finished, folder):
+    state = train.read_checkpoint(CHECKPOINT)
     model, ddpm = state["network"], state["ddpm"]
     assert not model.training and ddpm.T == 8
     assert all(p.equal(state["average"][name]) for name, p in model.state_dict().items())
     assert any(not p.equal(state["model"][name]) for name, p in model.state_dict().items())
-    code, printed = command(train.main, "--resume", "--data", "data", folder=finished)
-    test_x = train.to_pixels(train.load_mnist(finished / "data")[2])
-    loss = train.test_losses(model, ddpm, test_x).mean()
-    assert f"test loss (8): {loss:.4f} +-" in printed
+    loss = train.test_losses(model, ddpm, train.to_pixels(train.load_mnist("data")[2])).mean()
+    assert f"test loss (8): {loss:.4f} +-" in command("train.py --resume --data data")
+    assert Path(CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
 
 
-def test_training_sees_neither_the_test_split_nor_its_noise(finished, tmp_path):
-    write_data(tmp_path / "data", test=30, seed=7)
-    for split in "images-idx3", "labels-idx1":
-        shutil.copy(finished / f"data/train-{split}-ubyte.gz", tmp_path / "data")
-    assert command(train.main, *SMALL, "--data", "data", folder=tmp_path)[0] == 0
-    assert listing(tmp_path)["model.pt"] == listing(finished)["model.pt"]
-    keys = [(0, step, rank) for step in range(99) for rank in range(3)]
-    assert len({torch.randn(1, generator=train.generator(*key)).item() for key in keys}) == 297
-    a, b = (torch.randn(1, generator=train.generator(5, 3)) for _ in "ab")
-    assert a == b
-
-
-def test_a_test_set_of_one_digit_a_T_of_1_and_other_sides_and_widths_are_no_special_cases(tmp_path):
-    data = write_data(tmp_path / "data", test=1, side=32)
-    options = ["--steps", 2, "--timesteps", 1, "--batch-size", 1, "--data", data]
-    code, printed = command(train.main, *SMALL, *options, folder=tmp_path)
-    assert code == 0 and "+- 0.0000 over 1 test" in printed and "nan" not in printed
-    assert train.mean_and_error(torch.tensor([3.0])) == (3, 0)
+def test_a_test_set_of_one_digit_a_T_of_1_and_other_sides_and_widths_are_no_special_cases(folder):
+    write_data(test=1, side=32)
+    printed = command(f"train.py {SMALL} --overwrite --steps 2 --timesteps 1 --batch-size 1")
+    assert "+- 0.0000 over 1 test" in printed and "nan" not in printed
     values = normal(1000)
     assert train.mean_and_error(values)[1] == pytest.approx(values.std().item() / 1000**0.5)
 
 
-@settings(max_examples=2)
-@given(st.floats(0.05, 1))
-def test_a_killed_run_goes_on_and_ends_bit_for_bit_where_it_would_have(
-        finished, tmp_path_factory, seconds):
+@pytest.mark.parametrize("seconds", [0.05, 0.3])
+def test_a_killed_run_goes_on_and_ends_bit_for_bit_where_it_would_have(seconds, folder):
     """Killed at any moment, also during a write: with a save after every step, most are writing."""
-    folder, data = tmp_path_factory.mktemp("killed"), ["--data", finished / "data"]
-    process = start(HERE / "train.py", *SMALL, *data, "--save-every", 1, folder=folder)
-    wait_for(folder / CHECKPOINT, process)
+    process = start(HERE / "train.py", *f"{SMALL} --out killed --save-every 1".split())
+    wait_for("killed/model.pt", process)
     time.sleep(seconds)
     process.kill()
-    finish(process)
-    code, printed = command(train.main, "--resume", *data, folder=folder)
-    assert code == 0, printed
-    a, b = (torch.load(run / CHECKPOINT, weights_only=True) for run in (folder, finished))
-    for part in "model", "average":
-        torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
+    process.wait()
+    command("train.py --resume --data data --out killed")
+    a, b = (torch.load(f"{out}/model.pt", weights_only=True) for out in ("killed", "out"))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows can't send Ctrl-C to one process")
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(finished, tmp_path):
-    options = ["--steps", 9999, "--data", finished / "data", "--save-every", 7]
-    process = start(HERE / "train.py", *SMALL, *options, folder=tmp_path)
-    wait_for(tmp_path / CHECKPOINT, process)
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(folder):
+    process = start(HERE / "train.py", *f"{SMALL} --steps 9999 --out new --save-every 7".split())
+    wait_for("new/model.pt", process)
     process.send_signal(signal.SIGINT)
-    code, printed = finish(process)
-    assert code == 130 and "--resume" in printed and "Traceback" not in printed
-    assert 7 <= torch.load(tmp_path / CHECKPOINT, weights_only=True)["step"] < 9999
+    printed = finish(process, 130)
+    assert "--resume" in printed and "Traceback" not in printed
+    assert 7 <= torch.load("new/model.pt", weights_only=True)["step"] < 9999
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
-def test_a_stopped_run_goes_on_with_another_number_of_processes(finished, tmp_path):
-    """Begun by one, stopped, gone on with by two, stopped, ended by one."""
-    data, path, stops = ["--data", finished / "data"], tmp_path / CHECKPOINT, []
-    by_one = [HERE / "train.py", *SMALL, "--steps", 300]
-    by_two = [*figures.TORCHRUN, HERE / "train.py", "--resume", "--device", "cpu"]
-    for run in by_one, by_two:
-        earlier = path.stat().st_mtime_ns if path.exists() else 0
-        process = start(*run, "--save-every", 1, *data, folder=tmp_path)
-        wait_for(path, process, earlier)
-        process.terminate()
-        finish(process)
-        stops.append(train.read_checkpoint(path)["step"])
-    code, printed = command(train.main, "--resume", *data, folder=tmp_path)
-    assert code == 0 and 0 < stops[0] < stops[1] < 300 and "step 300/300" in printed
+def test_two_processes_go_on_with_a_run_and_step_as_one_on_whole_batches(folder):
+    path, images = Path(CHECKPOINT), train.load_mnist("data")[0]
+    settings, crc = TINY | {"steps": 3}, train.read_checkpoint(path)["data"]
+    run, made_from = train.train(settings, images, CPU), {"settings": settings, "data": crc}
+    with pytest.raises(KeyboardInterrupt, match="after step 1"):
+        train.save_run(run, path, made_from, 9, lambda: True)
+    begun = train.read_checkpoint(path)
+    flags = "--resume --data data --device cpu".split()
+    finish(start(*figures.TORCHRUN, HERE / "train.py", *flags))
+    model, _, optimizers, _, _ = train.begin(begun["settings"], CPU, begun)
+    for step in 2, 3:
+        for rank in 0, 1:
+            random = train.generator(0, step, rank)
+            x_0 = train.to_pixels(images[torch.randint(len(images), (1,), generator=random)])
+            (begun["ddpm"].loss(model, x_0, random) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        train.take_step(optimizers, train.learning_rate(begun["settings"], step))
+    torch.testing.assert_close(train.read_checkpoint(path)["model"], model.state_dict())
+    command("train.py --resume --data data")  # what two have written, one can read
 
 
-def test_the_clone_may_have_any_name_move_and_print_in_any_encoding(finished, tmp_path):
+def test_the_clone_may_have_any_name_move_and_print_in_any_encoding(tmp_path):
     old, new = tmp_path / "Mi tarea 100% ñ", tmp_path / "条件"
-    old.mkdir()
+    write_data(old / "mnist")
     for name in "ddpm.py", "unet.py", "train.py":
         shutil.copy(HERE / name, old)
-    shutil.copytree(finished / "data", old / "mnist")
 
-    def printed(folder, encoding, *arguments):
-        process = start(folder / "train.py", *arguments, folder=folder,
-                        PYTHONIOENCODING=encoding, COLUMNS="80")
-        code, text = finish(process)
-        assert code == 0, text
-        return text
+    def printed(folder, encoding, flags):
+        script = folder / "train.py"
+        return finish(start(script, *flags.split(), folder=folder, PYTHONIOENCODING=encoding))
 
-    assert "step 60/60" in printed(old, "cp932", *SMALL)
+    assert "step 60/60" in printed(old, "cp932", f"{SMALL} --data mnist")
     old.rename(new)
     assert "test loss (8)" in printed(new, "cp1251", "--resume")
     assert b"tarea" not in (new / CHECKPOINT).read_bytes()
 
 
-@pytest.mark.parametrize("main", [train.main, figures.main])
-def test_help_is_ascii_in_80_columns(main, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    code, printed = command(main, "--help", folder=tmp_path)
-    assert code == 0 and printed.isascii() and max(map(len, printed.splitlines())) < 80
+@pytest.mark.parametrize("script", ["train.py", "figures.py"])
+def test_help_is_ascii_in_80_columns_as_all_that_is_printed(script):
+    assert "--data" in command(f"{script} --help")
 
 
-def test_a_bug_of_a_student_keeps_its_traceback(finished, monkeypatch, tmp_path):
+def test_a_bug_of_a_student_keeps_its_traceback(folder, monkeypatch):
     monkeypatch.setattr(UNet, "forward", lambda self, x, t: x.reshape(7))
     with pytest.raises(RuntimeError, match="shape"):
-        command(train.main, *SMALL, "--data", finished / "data", folder=tmp_path)
+        command(f"train.py {SMALL} --overwrite")
 
 
-def test_an_import_leaves_the_notebook_as_it_is(tmp_path):
-    process = start("-c", "import os, signal, sys\n"
-                    "before = signal.getsignal(signal.SIGINT), dict(os.environ), sys.stdout\n"
-                    "import matplotlib\nmatplotlib.use('svg')\nimport torch, figures, train\n"
-                    "assert before == (signal.getsignal(signal.SIGINT), os.environ, sys.stdout)\n"
-                    "assert matplotlib.get_backend() == 'svg' and torch.is_grad_enabled()\n"
-                    "assert 'matplotlib.pyplot' not in sys.modules", folder=HERE)
-    code, printed = finish(process)
-    assert code == 0, printed
+def test_an_import_leaves_the_notebook_as_it_is():
+    finish(start("-c", "import os, signal, sys\n"
+                 "before = signal.getsignal(signal.SIGINT), dict(os.environ), sys.stdout\n"
+                 "import matplotlib\nmatplotlib.use('svg')\nimport torch, figures, train\n"
+                 "assert before == (signal.getsignal(signal.SIGINT), os.environ, sys.stdout)\n"
+                 "assert matplotlib.get_backend() == 'svg' and torch.is_grad_enabled()\n"
+                 "assert 'matplotlib.pyplot' not in sys.modules", folder=HERE))
 
 
 # 6. Files
-
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_earlier_file_whole(call, monkeypatch, tmp_path):
@@ -963,12 +866,11 @@ def test_a_full_disk_leaves_the_earlier_file_whole(call, monkeypatch, tmp_path):
     monkeypatch.setattr(os, call, Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(train.InputError, match="file can't be written .No space left.*whole"):
         train.write_file(tmp_path / "file", lambda file: file.write(b"later"))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"earlier"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"earlier"}
 
 
 @pytest.mark.parametrize("name, read", [
-    (IMAGES_FILE, lambda path: train.read_idx(path, 3)),
+    (DIGITS, lambda path: train.read_idx(path, 3)),
     (CHECKPOINT, lambda path: train.read_checkpoint(path)["network"].parameters())])
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read_rightly(name, read, data, finished, tmp_path_factory):
@@ -980,8 +882,7 @@ def test_a_damaged_file_is_refused_or_read_rightly(name, read, data, finished, t
     cut = place.map(lambda end: whole[:end])
     path.write_bytes(data.draw(st.one_of(st.just(changed), cut, st.binary(max_size=200))))
     try:
-        right = read(finished / name)
-        assert all(a.equal(b) for a, b in zip(read(path), right, strict=True))
+        assert all(a.equal(b) for a, b in zip(read(path), read(finished / name), strict=True))
     except train.InputError as error:
         assert str(path) in str(error) and "\n" not in str(error)
 
@@ -991,22 +892,17 @@ class Call:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("change", [{"model": Call()}, {"settings": {"steps": -1}}, {"average": {}},
-                                    {"settings": {"channels": [8, 8]}}, {"settings": 1}])
-def test_a_checkpoint_with_a_call_or_of_another_network_is_refused_unexecuted(
-        change, finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    state = torch.load(finished / CHECKPOINT, weights_only=True)
-    if isinstance(change.get("settings"), dict):
-        change = {"settings": state["settings"] | change["settings"]}
-    torch.save(state | change, "model.pt")
+@pytest.mark.parametrize("change", [
+    {"model": Call()}, {"average": {}}, {"settings": 1}, {"settings": TINY | {"steps": -1}},
+    {"settings": TINY | {"channels": [8, 8]}}])
+def test_a_checkpoint_with_a_call_or_of_another_network_is_refused_unexecuted(change, folder):
+    torch.save(torch.load(CHECKPOINT, weights_only=True) | change, CHECKPOINT)
     with pytest.raises(train.InputError, match="model.pt is no whole"):
-        train.read_checkpoint("model.pt")
+        train.read_checkpoint(CHECKPOINT)
     assert not Path("executed").exists()
 
 
 # 6. Measuring and drawing
-
 
 def test_linear_losses_are_those_of_the_best_linear_estimates_told_t_and_not():
     """By least squares over draws, with one matrix for each t and with one for all."""
@@ -1019,7 +915,7 @@ def test_linear_losses_are_those_of_the_best_linear_estimates_told_t_and_not():
         weights = torch.linalg.lstsq(x_t[chosen], eps[chosen]).solution
         return (eps[chosen] - x_t[chosen] @ weights).square().mean().item()
 
-    told, not_told = figures.linear_losses(d, MEAN, COV)
+    told, not_told = figures.linear_losses(d, MEAN, COV).values()
     assert told == pytest.approx(np.mean([least(t == s) for s in (1, 2, 3)]), rel=0.01)
     assert not_told == pytest.approx(least(t > 0), rel=0.01) and not_told > 1.02 * told
 
@@ -1049,7 +945,8 @@ def test_every_method_is_measured_alike():
 
 def test_the_digits_that_walk_back_are_measured_against_themselves(tmp_path):
     """From t = 1 the reverse process is a step without noise, the one-shot estimate."""
-    data = train.load_mnist(write_data(tmp_path / "data", train=4000, test=60))
+    write_data(tmp_path, train=4000, test=60)
+    data = train.load_mnist(tmp_path)
     d, x = DDPM(linear_beta(4, beta_T=0.5)), train.to_pixels(data[0])
     exact = GaussianEps(d, x.mean(0), x.flatten(1).T.cov())
     metrics, pictures = figures.measure(exact, d, data, 20, seed=0)
@@ -1106,34 +1003,30 @@ def both_kinds(*names):
     return {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
-def test_figures_draws_what_it_can_without_a_network(finished, tmp_path):
-    imsave(tmp_path / "x.png", np.zeros((6, 5)), cmap="gray")
-    code, printed = command(figures.main, "--data", finished / "data", "--image", "x.png",
-                            folder=tmp_path)
-    assert code == 0 and "python train.py" in printed
+def test_figures_draws_what_it_can_without_a_network(folder):
+    os.remove(CHECKPOINT)
+    imsave("x.png", np.zeros((6, 5)))
+    assert "python train.py" in command("figures.py --data data --image x.png")
     drawn = both_kinds("forward", "marginal", "bayes", "schedule", "embedding")
-    assert set(os.listdir(tmp_path / "out/figures")) == drawn
+    assert set(os.listdir("out/figures")) == drawn
 
 
 def test_figures_draws_a_network_beside_others_and_leaves_the_runs_as_they_were(
-        finished, tmp_path, monkeypatch):
+        folder, monkeypatch):
     monkeypatch.setattr(figures, "draw_without_network", lambda *_: None)
-    before, data, runs = listing(finished), ["--data", finished / "data"], []
+    before = Path(CHECKPOINT).read_bytes()
     for steps in 10, 20, 30:
-        out = ["--steps", steps, "--out", f"out/{steps}"]
-        assert command(train.main, *SMALL, *out, *data, folder=tmp_path)[0] == 0
-        runs.append(tmp_path / f"out/{steps}/model.pt")
-    options = ["--digits", 16, "--checkpoint", finished / CHECKPOINT, *runs, "--out", "drawn"]
-    code, printed = command(figures.main, *data, *options, folder=tmp_path)
-    assert code == 0 and max(map(len, printed.splitlines())) < 80 and printed.isascii()
+        command(f"train.py {SMALL} --steps {steps} --out {steps}")
+    runs = f"{CHECKPOINT} 10/model.pt 20/model.pt 30/model.pt"
+    command(f"figures.py --data data --digits 16 --checkpoint {runs} --out drawn")
     drawn = both_kinds("losses", "quality", "denoising", "generation", "reverse", "compute")
-    assert set(os.listdir(tmp_path / "drawn")) == drawn | {"metrics.json", "reverse.gif"}
-    assert listing(finished) == before
+    assert set(os.listdir("drawn")) == drawn | {"metrics.json", "reverse.gif"}
+    assert os.listdir("out") == ["model.pt"] and Path(CHECKPOINT).read_bytes() == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="--growth needs Linux")
 def test_growth_is_measured_by_short_runs_each_with_its_own_memory(monkeypatch, capsys):
-    monkeypatch.setattr(figures, "GROWTH", {"small": ["--channels", "4", "--batch-size", "1"]})
+    monkeypatch.setattr(figures, "GROWTH", {"small": "--channels 4 --batch-size 1"})
     row = figures.measure_growth(BARS)["small"]
     assert 1e-4 < row["seconds"] < 1 and 50 < row["megabytes"] < 4000
     assert "small" in capsys.readouterr().out
@@ -1146,11 +1039,12 @@ def test_enlarged_digits_are_written_as_train_reads_them(tmp_path):
     assert train_x[:, :, 1::2, ::2].equal(BARS) and train_x[:, :, ::2, 1::2].equal(BARS)
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3), (6, 5, 4)])
-def test_any_png_goes_through_the_forward_process(shape, tmp_path):
-    imsave(tmp_path / "x.png", np.random.default_rng(0).random(shape), cmap="gray")
-    image = figures.read_image(tmp_path / "x.png")
-    assert image.shape == (3, 6, 5) and image.min() >= -1 and image.max() <= 1
+@pytest.mark.parametrize("pixels, value", [
+    (np.zeros((6, 5)), -1), (np.full((6, 5), 65535, np.uint16), 1),
+    (np.ones((6, 5, 3)), 1), (np.zeros((6, 5, 4), np.uint8), 1)], ids=["L", "I;16", "RGB", "RGBA"])
+def test_any_png_can_go_through_the_forward_process(pixels, value, monkeypatch):
+    monkeypatch.setattr(figures, "imread", lambda path: pixels)
+    assert figures.read_image("x.png").equal(torch.full((3, 6, 5), float(value)))
 
 
 def test_a_large_picture_keeps_no_frame_that_is_not_drawn(monkeypatch):
@@ -1167,7 +1061,6 @@ def test_a_large_picture_keeps_no_frame_that_is_not_drawn(monkeypatch):
 
 
 # What is refused, in one sentence
-
 
 METHODS = {  # all that makes a tensor like x from x, another tensor y and a time
     "eq1": lambda d, x, y, t: d.q_step(x, t, y),
@@ -1226,18 +1119,14 @@ WRONG = {
     "beta_0_alone": (lambda: DDPM([0.1]), one_or_many + r"\(1,\)"),
     "beta_a_number": (lambda: DDPM(0.1), one_or_many + r"\(\)"),
     "beta_a_matrix": (lambda: DDPM([[0.1, 0.1]] * 2), one_or_many + r"\(2, 2\)"),
-    "beta_0": (lambda: DDPM([0.2, 0.0, 0.1]), in_range + "0 to 0.1"),
     "beta_1": (lambda: DDPM([0.2, 1.0, 0.1]), in_range + "0.1 to 1"),
-    "beta_negative": (lambda: DDPM([0.2, 0.1, -0.1]), in_range + "-0.1 to 0.1"),
-    "beta_above_1": (lambda: DDPM([0.2, 0.1, 1.1]), in_range + "0.1 to 1.1"),
     "beta_nan": (lambda: DDPM([0.2, 0.1, NAN]), in_range + "nan"),
     "alpha_rounds_to_1": (lambda: DDPM([0.2, 1e-17, 0.1]), in_range + "1e-17 to 0.1"),
     "variance_t": (lambda: D.posterior_variance(0), "in 1..3, got 0"),
     "variance_ts": (lambda: D.posterior_variance(torch.ones(2, 1).long()), r"got .*\(2, 1\)$"),
     "loss_int": (lambda: D.loss(wave, X.long()), "float tensor"),
     "loss_model": (lambda: D.loss(lambda x, t: x[:1], X), r"shape of x_t, \(2, 5\), got \(1, 5\)"),
-    "variance": (lambda: D.p_step(wave, X, 1, variance="beta_t"),
-                 '"beta" or "posterior", got \'beta_t\''),
+    "variance": (lambda: D.p_step(wave, X, 1, variance="beta_t"), "\"posterior\", got 'beta_t'"),
     "p_sample_t": (lambda: D.p_sample(wave, X, 4), "in 1..3, got 4"),  # at the call, not at next()
     "p_sample_ts": (lambda: D.p_sample(wave, X, torch.tensor([1, 2])), "one int as the t of all"),
     "p_sample_x": (lambda: D.p_sample(wave, X.long()), "float tensor"),
@@ -1249,7 +1138,6 @@ WRONG = {
     "side_7": (unet((4, 8), (2, 1, 6, 7), (2,)), "multiples of 2"),
     "side_6": (unet((4, 8, 8), (2, 1, 6, 8), (2,)), "multiples of 4"),
     "three_colours": (unet((4,), (2, 3, 8, 8), (2,)), r"\(B, 1, H, W\)"),
-    "no_batch": (unet((4,), (1, 8, 8), (1,)), r"\(B, 1, H, W\)"),
     "volume": (unet((4,), (1, 1, 8, 8, 2), (1,)), r"\(B, 1, H, W\)"),
     "one_time": (unet((4,), (2, 1, 8, 8), (1,)), r"shape \(2,\)"),
     "time_a_number": (unet((4,), (2, 1, 8, 8), ()), r"shape \(2,\)"),
@@ -1259,8 +1147,6 @@ WRONG_X_Y_T = {
     "x_int": (X.long(), X.long(), 1, float_x + r"torch.int64 of shape \(2, 5\)"),
     "x_no_batch": (X[0, 0], X[0, 0], 1, float_x + r"torch.float64 of shape \(\)"),
     "y_shape": (X, X[:, 1:], 1, r"\(2, 5\)(,| and|, got) .*\(2, 4\)"),
-    "t_0": (X, X, 0, "in 1..3, got 0"),
-    "t_T_plus_1": (X, X, 4, "in 1..3, got 4"),
     "ts_with_0": (X, X, torch.tensor([0, 3]), r"in 1..3, got \[0, 3\]"),
     "ts_with_T_plus_1": (X, X, torch.tensor([1, 4]), r"in 1..3, got \[1, 4\]"),
     "t_float": (X, X, 1.0, int_t + "float"),
@@ -1279,10 +1165,6 @@ def test_value_error_says_what_was_expected(call, said):
         call()
 
 
-def write_images(folder, shape):
-    figures.write_idx(folder / IMAGES_FILE, np.zeros(shape))
-
-
 NEW, RESUME = "train.py --data data --out new", "train.py --data data --resume"
 DRAW = "figures.py --data data --digits 16"
 REFUSED = [
@@ -1290,49 +1172,37 @@ REFUSED = [
         "--steps 0", "--steps x", "--batch-size -1", "--timesteps 0", "--lr nan", "--lr 0",
         "--lr inf", "--seed -1", "--told-t 2", "--muon 2", "--channels 0", "--channels 6",
         "--save-every 0", "--device tpu", "--nonsense")],
-    ("train.py --data missing --out new", "missing", None),
-    (NEW, IMAGES_FILE, lambda folder: (folder / IMAGES_FILE).unlink()),
-    (NEW, IMAGES_FILE, lambda folder: (folder / IMAGES_FILE).write_bytes(
-        gzip.compress(b"\0\0\x08\3" + 40 * b"?"))),
-    (NEW, IMAGES_FILE, lambda folder: write_images(folder, (0, 8, 8))),
-    (NEW, IMAGES_FILE, lambda folder: write_images(folder, (9, 8, 8, 3))),
-    (NEW, "label", lambda folder: write_images(folder, (5, 8, 8))),
-    (NEW, "one size", lambda folder: write_images(folder, (60, 8, 9))),
+    ("train.py --data missing --out new", "missing/train-images-idx3-ubyte.gz", None),
+    (NEW, DIGITS, lambda: Path(DIGITS).write_bytes(2 * Path(DIGITS).read_bytes())),
+    (NEW, DIGITS, lambda: figures.write_idx(Path(DIGITS), np.zeros((0, 8, 8)))),
+    (NEW, DIGITS, lambda: figures.write_idx(Path(DIGITS), np.zeros((9, 8, 8, 3)))),
+    (NEW, "label", lambda: figures.write_idx(Path(DIGITS), np.zeros((5, 8, 8)))),
+    (NEW, "one size", lambda: figures.write_idx(Path(DIGITS), np.zeros((60, 8, 9)))),
     (f"{NEW} --channels 4 8 8 8 8", "can't be halved 4 times", None),
     ("train.py --data data --out data/train-labels-idx1-ubyte.gz/x", "labels-idx1", None),
+    ("train.py --data data", "--resume to go on with it, --overwrite to replace it", None),
     ("train.py --resume --out fresh", "fresh", None),
-    (f"{RESUME} --lr 0.5", "--resume", None),
-    (f"{RESUME} --steps 9999", "its rate is 0", None),
-    (RESUME, "other digits", lambda folder: write_data(folder / "data", seed=3)),
-    (RESUME, CHECKPOINT, lambda folder: (folder / CHECKPOINT).write_bytes(b"")),
-    (DRAW, CHECKPOINT, lambda folder: torch.save({"weights": 1}, folder / CHECKPOINT)),
-    (DRAW, "other digits", lambda folder: write_data(folder / "data", seed=3)),
+    (f"{RESUME} --steps 9999", "--resume goes on to the end", None),
+    (RESUME, "other digits", lambda: write_data(seed=3)),
+    (DRAW, "other digits", lambda: write_data(seed=3)),
     (f"{DRAW} --digits 21", "--digits", None),
     (f"{DRAW} --seed -1", "--seed", None),
     (f"{DRAW} --checkpoint missing.pt", "missing.pt", None),
-    (f"{DRAW} --nonsense", "--nonsense", None),
-    (f"{DRAW} --image missing.png", "missing.png", None),
     (f"{DRAW} --image {CHECKPOINT}", CHECKPOINT, None),
-    (f"{DRAW} --out {CHECKPOINT}/x", CHECKPOINT, None),
 ]
 
 
-@pytest.mark.parametrize("arguments, named, spoil", REFUSED)
-def test_bad_input_ends_with_one_sentence_and_writes_nothing(
-        arguments, named, spoil, finished, tmp_path):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize("line, named, spoil", REFUSED)
+def test_bad_input_ends_with_one_sentence_and_writes_nothing(line, named, spoil, folder):
     if spoil:
-        spoil(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    script, *flags = arguments.split()
-    main = figures.main if script == "figures.py" else train.main
-    code, printed = command(main, *flags, folder=tmp_path)
-    assert code in (1, 2) and named in printed.replace("\\", "/") and printed.count("\n") == 1
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        spoil()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    printed = command(line, fails=True)
+    assert named in printed.replace("\\", "/") and printed.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 # The text
-
 
 def rounded(value, error):
     """Both, to the first digit of the error."""
@@ -1367,8 +1237,7 @@ def phrases_of_the_readme(metrics, growth):
     yield f"$x_{{200}}$: {snr[200]:.2f} times as much signal"
     yield f"equal near $t = {(d.alpha_bar - 0.5).abs().argmin()}$"
     yield f"$\\bar\\alpha_T = {d.alpha_bar[-1]:.6f}$"
-    of_ho = DDPM(torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 200)]))
-    yield f"which makes it ${of_ho.alpha_bar[-1]:.6f}$"
+    yield f"which makes it ${(1 - torch.linspace(1e-4, 0.02, 200, dtype=F64)).prod():.6f}$"
     yield f"$\\sqrt{{\\bar\\alpha_T}} = {d.alpha_bar[-1].sqrt():.2f}$"
     yield f"$\\bar\\alpha_T = {1e5 * DDPM(linear_beta(1000)).alpha_bar[-1]:.0f}\\cdot10^{{-5}}$"
     yield f"{told['parameters']:,} parameters"
@@ -1414,8 +1283,7 @@ def test_the_readme_shows_the_numbers_of_the_committed_files():
     assert metrics["digits"] == 1000 and metrics["seed"] == 0
 
 
-def test_the_python_of_the_readme_runs_as_it_stands(finished, monkeypatch):
-    monkeypatch.chdir(finished)
+def test_the_python_of_the_readme_runs_as_it_stands(folder):
     imports, training, drawing = re.findall("```python\n(.*?)```", README, re.DOTALL)
     assert max(imports.count("\n"), training.count("\n"), drawing.count("\n")) <= 6
     names = {}

@@ -3,14 +3,11 @@
     python train.py                train from the start
     python train.py --resume       go on with the run in out/
     torchrun --standalone --nproc_per_node=2 train.py      the same training by two processes
-
-What the network is worth is measured and drawn by figures.py.
 """
 import argparse
 import copy
 import gzip
 import io
-import math
 import os
 import signal
 import sys
@@ -43,7 +40,6 @@ SETTINGS = {  # what defines a run and is saved with it: default, lowest, highes
     "muon": (1, 0, 1, "do the 3x3 kernels learn by Muon? 1: yes; 0: no, by AdamW as the rest"),
     "seed": (0, 0, 2**32 - 1, "seed of everything random"),
 }
-MNIST = Path(__file__).parent / "mnist"
 
 
 class InputError(ValueError):
@@ -54,7 +50,7 @@ def new_parser(description, out):
     """A parser of the command line that complains in one line, and knows --data and --out."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
-    parser.add_argument("--data", type=Path, default=MNIST, metavar="DIR",
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "mnist", metavar="DIR",
                         help="folder with the four files of MNIST, or of others like it")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR",
                         help=f"folder that is written (default: {out})")
@@ -73,10 +69,7 @@ def parse_flags():
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--resume", action="store_true", help="go on with the run in --out")
     action.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    flags = parser.parse_args()
-    if flags.save_every < 1:
-        parser.error(f"--save-every must be at least 1, got {flags.save_every}")
-    return flags
+    return parser.parse_args()
 
 
 def choose_settings(flags, state=None):
@@ -99,8 +92,7 @@ def check_settings(settings, sides=(), world=1):
         raise InputError(f"--channels must be multiples of 4, got {settings['channels']}")
     halvings = len(settings["channels"]) - 1
     if any(side % 2**halvings for side in sides):
-        raise InputError(f"pictures of {tuple(sides)} pixels can't be halved {halvings} times: "
-                         "give fewer --channels")
+        raise InputError(f"{list(sides)} pixels can't be halved {halvings} times: fewer --channels")
     if settings["batch_size"] % world:
         raise InputError(f"--batch-size must be a multiple of the {world} processes")
 
@@ -121,14 +113,13 @@ def pick_device(name=None):
 def read_idx(path, dims):
     """The bytes in a gzipped IDX file as a uint8 tensor of that many dimensions."""
     try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} can't be read ({error}): --data needs the four files of MNIST")
-    start = 4 + 4 * dims
-    magic, *shape = (int.from_bytes(content[i:i + 4], "big") for i in range(0, start, 4))
-    if magic != 0x800 + dims or len(content) - start != math.prod(shape) or 0 in shape:
-        raise InputError(f"{path} is no whole IDX file of bytes in {dims} dimensions")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        magic, *shape = np.frombuffer(content, ">u4", 1 + dims).tolist()
+        if magic != 0x800 + dims:
+            raise ValueError(f"not of bytes in {dims} dimensions")
+        return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dims).reshape(shape)
+    except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is no IDX file ({error}): --data needs the four files of MNIST")
 
 
 def load_mnist(folder):
@@ -146,11 +137,6 @@ def load_mnist(folder):
 def to_pixels(images):
     """uint8 0..255 to float -1..1."""
     return images.float().div_(127.5).sub_(1)
-
-
-def draw_digits(images, count, random):
-    """That many of the images, each drawn uniformly from all of them, as pixels."""
-    return to_pixels(images[torch.randint(len(images), (count,), generator=random)])
 
 
 def generator(*key):
@@ -189,15 +175,14 @@ def read_checkpoint(path):
             damaged = archive.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(state["settings"])
-        network = new_network(state["settings"])
-        network.load_state_dict(state["average"])
-        if damaged or not state.keys() >= {"data", "losses", "model", "optimizers", "step"}:
+        _, network, *_ = begin(state["settings"], "cpu", state)
+        if damaged or "data" not in state:
             raise ValueError("damaged")
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
         raise InputError(f"{path} is no whole checkpoint of train.py and unet.py as they are here "
                          f"({type(error).__name__}): name another, or train") from None
     ddpm = DDPM(linear_beta(state["settings"]["timesteps"]))
-    return state | {"ddpm": ddpm, "network": network.eval().requires_grad_(False)}
+    return state | {"ddpm": ddpm, "network": network.eval()}
 
 
 # Optimisers
@@ -267,11 +252,11 @@ def update_average(average, model, step, steps):
 
 # Training
 
-def progress(items, task, total, before=0, text=lambda: ""):
+def progress(items, task, total, before=0, losses=None):
     """The items, one by one, with a live line: how far it is, how fast, how long it will take.
 
-    total: their number, with those done before; text(): what else to say. A terminal shows the
-    line in place, twice a second; a file or a pipe gets one every five seconds.
+    total: their number, with those done before; losses: of each, the last 20 are shown. A terminal
+    shows the line in place, twice a second; a file or a pipe gets one every five seconds.
     """
     pause = 0.5 if sys.stdout.isatty() else 5
     start = last = time.perf_counter()
@@ -280,19 +265,17 @@ def progress(items, task, total, before=0, text=lambda: ""):
         now, left = time.perf_counter(), total - done
         if now > last + pause or left == 0:
             last, speed = now, (done - before) / (now - start)
-            line = f"{task} {done}/{total}, {speed:.4g}/s, {left / speed:.0f} s left{text()}"
+            loss = "" if losses is None else f", loss {losses[max(0, done - 20):done].mean():.4f}"
+            line = f"{task} {done}/{total}, {speed:.4g}/s, {left / speed:.0f} s left{loss}"
             print(f"{line:79.79}", end="\r" if pause < 1 and left else "\n", flush=True)
-
-
-def new_network(settings):
-    return UNet(channels=settings["channels"], told_t=bool(settings["told_t"]))
 
 
 def begin(settings, device, state=None):
     """(model, average, optimizers, losses, done): fresh, or as the saved state has them."""
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left alone
         torch.manual_seed(settings["seed"])
-        model = new_network(settings).to(device, memory_format=torch.channels_last)
+        model = UNet(channels=settings["channels"], told_t=settings["told_t"])
+    model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizers = new_optimizers(model, settings["lr"], settings["muon"])
     losses = torch.zeros(settings["steps"], device=device)
@@ -305,23 +288,21 @@ def begin(settings, device, state=None):
     return model, average, optimizers, losses.copy_(state["losses"]), state["step"]
 
 
-def train(settings, images, device, save, state=None, save_every=500, rank=0, world=1,
-          stop=lambda: False):
-    """Train from the start, or from a saved state; call save(state) now and then, and at the end.
+def train(settings, images, device, state=None, rank=0, world=1):
+    """Train on images, (N, 1, H, W) uint8; yields after each step what begin() gave before it.
 
-    images: (N, 1, H, W) uint8. Once stop() is true, it saves and raises KeyboardInterrupt.
+    Process `rank` of `world` takes its part of each batch. Raises InputError when the gradient is
+    no longer finite.
     """
     ddpm, steps = DDPM(linear_beta(settings["timesteps"])), settings["steps"]
     model, average, optimizers, losses, done = begin(settings, device, state)
     network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
-    def recent_loss():
-        return f", loss {losses[max(0, step - 20):step].mean():.4f}"
-
-    for step in progress(range(done + 1, steps + 1), "training: step", steps, done, recent_loss):
+    for step in progress(range(done + 1, steps + 1), "training: step", steps, done, losses):
         random = generator(settings["seed"], step, rank)
+        chosen = torch.randint(len(images), (settings["batch_size"] // world,), generator=random)
 
-        x_0 = draw_digits(images, settings["batch_size"] // world, random).to(device)
+        x_0 = to_pixels(images[chosen]).to(device)
         loss = ddpm.loss(network, x_0, random)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -332,13 +313,7 @@ def train(settings, images, device, save, state=None, save_every=500, rank=0, wo
             raise InputError(f"the gradient stopped being finite at step {step}: try a smaller "
                              "--lr; the last checkpoint is as it was")
         losses[step - 1] = loss.detach()
-        stopped = stop()
-        if stopped or step == steps or step % save_every == 0:
-            save({"settings": settings, "step": step, "losses": losses,
-                  "model": model.state_dict(), "average": average.state_dict(),
-                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-        if stopped:
-            raise KeyboardInterrupt(f"after step {step}, which is saved: --resume goes on")
+        yield model, average, optimizers, losses, step
 
 
 def test_losses(model, ddpm, x_0):
@@ -368,24 +343,36 @@ def report(path, data):
     print(f"next: python figures.py --checkpoint {path}")
 
 
-def careful_save(path, extra):
-    """A save(state) for train() that writes path, unless another run has written it meanwhile."""
+def save_run(run, path, made_from, save_every, stop, rank=0):
+    """Write each save_every-th state of train() to path, and the last; once stop() is true, end.
+
+    made_from: what else the file holds: the "settings", and a checksum of the "data". Only the
+    process of rank 0 writes. Raises InputError if another run has written path, and
+    KeyboardInterrupt to end.
+    """
     def written():
         return path.exists() and path.stat().st_mtime_ns
 
     last = written()
-
-    def save(state):
-        nonlocal last
-        if written() != last:
-            raise InputError(f"{path} was written by another run: give each its own --out")
-        write_file(path, lambda file: torch.save(state | extra, file))
-        last = written()
-    return save
+    for model, average, optimizers, losses, step in run:
+        stopped = stop()
+        due = stopped or step % save_every == 0 or step == made_from["settings"]["steps"]
+        if due and rank == 0:
+            if written() != last:
+                raise InputError(f"{path} was written by another run: give each its own --out")
+            state = {"step": step, "losses": losses,
+                     "model": model.state_dict(), "average": average.state_dict(),
+                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            write_file(path, lambda file: torch.save(made_from | state, file))
+            last = written()
+        if stopped:
+            raise KeyboardInterrupt(f"after step {step}, which is saved: --resume goes on")
 
 
 def main():
     flags = parse_flags()
+    if flags.save_every < 1:
+        raise InputError(f"--save-every must be at least 1, got {flags.save_every}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, path = pick_device(flags.device), flags.out / "model.pt"
     state = read_checkpoint(path) if flags.resume else None
@@ -395,23 +382,23 @@ def main():
                          "replace it, or take another --out")
     data = load_mnist(flags.data)
     check_settings(settings, data[0].shape[2:], world)
-    fingerprint = zlib.crc32(data[0].numpy())
-    if state and state["data"] != fingerprint:
+    made_from = {"settings": settings, "data": zlib.crc32(data[0].numpy())}
+    if state and state["data"] != made_from["data"]:
         raise InputError(f"{path} was trained on other digits: name their folder with --data")
     flags.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=flags.out).close()  # better to fail now than at the first save
-    save = careful_save(path, {"data": fingerprint})
     if world > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank:  # the first process writes and speaks for all
-        save, sys.stdout = lambda state: None, open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
     print(f"{len(data[0])} digits of {data[0][0].numel()} pixels, T = {settings['timesteps']}, "
           f"{settings['steps']} steps of {settings['batch_size']} digits")
     print(f"on {device} with {torch.get_num_threads()} threads; the network is written to {path}")
+    run = train(settings, data[0], device, state, rank, world)
     pressed = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: pressed.set())  # Ctrl-C: a step can end and be saved
     try:
-        train(settings, data[0], device, save, state, flags.save_every, rank, world, pressed.is_set)
+        save_run(run, path, made_from, flags.save_every, pressed.is_set, rank)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if world > 1:

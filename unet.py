@@ -101,8 +101,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def two_blocks(width_in, width, time_dim):
-        return nn.ModuleList([ResidualBlock(width_in, width, time_dim),
-                              ResidualBlock(width, width, time_dim)])
+        return nn.ModuleList(ResidualBlock(w, width, time_dim) for w in (width_in, width))
 
     def forward(self, x, t):
         self._check(x, t)
