@@ -100,13 +100,14 @@ def measure_loss(model, ddpm, x_0):
 def measure_denoising(methods, reverse, ddpm, x_0, labels, classifier, random):
     """The same noisy digits, denoised by each method: (metrics, pictures), by t and method."""
     metrics, pictures = {}, {name: {} for name in STYLES} | {"clean": x_0}
-    times, walks = ({max(1, round(part * ddpm.T)) for part in parts} for parts in (TIMES, WALKS))
-    for t in sorted(times):
+    times = sorted({max(1, round(part * ddpm.T)) for part in TIMES})
+    walked = {max(1, round(part * ddpm.T)) for part in WALKS}
+    for t in times:
         x_t = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=random))
         t_of_each = torch.full((len(x_t),), t)
         estimates = {name: ddpm.predict_x0(x_t, model(x_t, t_of_each), t)
                      for name, model in methods.items()}
-        if t in walks:
+        if t in walked:
             estimates["reverse"], pictures["path"] = reverse(x_t, t)
         metrics[t] = {}
         for name, x in estimates.items():

@@ -92,7 +92,8 @@ def check_settings(settings, sides=(), world=1):
         raise InputError(f"--channels must be multiples of 4, got {settings['channels']}")
     halvings = len(settings["channels"]) - 1
     if any(side % 2**halvings for side in sides):
-        raise InputError(f"{list(sides)} pixels can't be halved {halvings} times: fewer --channels")
+        raise InputError(f"pictures of {tuple(sides)} pixels can't be halved {halvings} times: "
+                         "give fewer --channels")
     if settings["batch_size"] % world:
         raise InputError(f"--batch-size must be a multiple of the {world} processes")
 
