@@ -52,6 +52,11 @@ LOOK = {"font.size": 12, "axes.titlesize": 13, "legend.fontsize": 10, "legend.fr
 
 # Measuring
 
+def fractions(parts, T):
+    """The times at these parts of T, from 1 up."""
+    return sorted({max(1, round(part * T)) for part in parts})
+
+
 def train_classifier(x, labels, seed):
     """A small network that reads digits; classifier[:-1](x) are the 32 features it decides by."""
     with torch.random.fork_rng(devices=[]):
@@ -100,12 +105,11 @@ def measure_loss(model, ddpm, x_0):
 def measure_denoising(methods, reverse, ddpm, x_0, labels, classifier, random):
     """The same noisy digits, denoised by each method: (metrics, pictures), by t and method."""
     metrics, pictures = {}, {name: {} for name in STYLES} | {"clean": x_0}
-    times = sorted({max(1, round(part * ddpm.T)) for part in TIMES})
-    walked = {max(1, round(part * ddpm.T)) for part in WALKS}
-    for t in times:
+    walked = fractions(WALKS, ddpm.T)
+    for t in fractions(TIMES, ddpm.T):
         x_t = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=random))
-        t_of_each = torch.full((len(x_t),), t)
-        estimates = {name: ddpm.predict_x0(x_t, model(x_t, t_of_each), t)
+        times = torch.full((len(x_t),), t)
+        estimates = {name: ddpm.predict_x0(x_t, model(x_t, times), t)
                      for name, model in methods.items()}
         if t in walked:
             estimates["reverse"], pictures["path"] = reverse(x_t, t)
@@ -303,6 +307,7 @@ def show(axes, picture):
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     axes.imshow(pixels.expand(-1, -1, 3).numpy(), interpolation="nearest")
     axes.set(xticks=[], yticks=[], frame_on=False)
+    axes.grid(False)
 
 
 def draw_forward(image):
@@ -514,7 +519,7 @@ def draw_grid(rows, labels, titles, each=1, frames=()):
     axes.set_yticks([y + height / 2 for y in top], labels)
     middles = [(left[i] + left[i + each - 1] + width) / 2 for i in range(0, len(left), each)]
     axes.set_xticks(middles, titles)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False, grid_alpha=0)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
     for i, j in frames:
         axes.add_patch(Rectangle((left[j] - 1.5, top[i] - 1.5), width + 2, height + 2, fill=False,
                                  color=MISREAD, linewidth=3))
@@ -605,7 +610,8 @@ def measure_and_draw(states, data, digits, seed, out):
     metrics, pictures = measure(network, ddpm, data, digits, seed)
     history = [(20 * i + len(part), part.mean().item())
                for i, part in enumerate(states[0]["losses"].split(20))]
-    others = [measure_loss(in_hundreds(state["network"]), state["ddpm"], to_pixels(data[2]))
+    test_x = to_pixels(data[2])
+    others = [measure_loss(in_hundreds(state["network"]), state["ddpm"], test_x)
               for state in states[1:]]
     runs = [row | {"settings": state["settings"],
                    "parameters": sum(p.numel() for p in state["network"].parameters())}
@@ -639,7 +645,8 @@ def main():
         parser.error(f"--seed must be from 0 to {2**32 - 1}, got {flags.seed}")
     image, data = read_image(flags.image), load_mnist(flags.data)
     states = [read_checkpoint(path) for path in flags.checkpoint or Path("out").glob("model.pt")]
-    if any(state["data"] != zlib.crc32(data[0].numpy()) for state in states):
+    checksum = zlib.crc32(data[0].numpy())
+    if any(state["data"] != checksum for state in states):
         raise InputError("the network was trained on other digits: name their folder with --data")
     if states and not 16 <= flags.digits <= len(data[2]) // 2:
         raise InputError(f"--digits must be from 16 to {len(data[2]) // 2}, half the test digits")

@@ -654,6 +654,7 @@ def command(line, fails=False):
         print(stop.value.code, file=printed)  # as Python does
     printed = printed.getvalue()
     assert bool(stop.value.code) == fails, printed
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert fails or printed.isascii() and max(map(len, printed.splitlines())) < 80
     return printed
 
@@ -891,6 +892,7 @@ class Call:
 
 @pytest.mark.parametrize("change", [
     {"model": Call()}, {"average": {}}, {"settings": 1},
+    {"average": {name: NAN * p for name, p in UNet(channels=[4, 8]).state_dict().items()}},
     {"settings": TINY | {"steps": 60, "batch_size": 0}},
     {"settings": TINY | {"steps": 60, "channels": [8, 8]}}])
 def test_a_checkpoint_with_a_call_or_of_another_network_is_refused_unexecuted(change, folder):

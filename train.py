@@ -177,7 +177,8 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(state["settings"])
         _, network, *_ = begin(state["settings"], "cpu", state)
-        if damaged or "data" not in state:
+        finite = all(weights.isfinite().all() for weights in network.parameters())
+        if damaged or not finite or "data" not in state:
             raise ValueError("damaged")
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
         raise InputError(f"{path} is no whole checkpoint of train.py and unet.py as they are here "
@@ -322,9 +323,11 @@ def test_losses(model, ddpm, x_0):
     t = 1 + torch.arange(len(x_0)) % ddpm.T
     noise = torch.randn(x_0.shape, generator=generator(0))
     batches = list(zip(x_0.split(100), t.split(100), noise.split(100)))
-    errors = [model(ddpm.q_sample(x, t, eps), t) - eps
-              for x, t, eps in progress(batches, "test loss: batch", len(batches))]
-    return torch.cat(errors).square().flatten(1).mean(1)
+    losses = []
+    for x, t, eps in progress(batches, "test loss: batch", len(batches)):
+        error = model(ddpm.q_sample(x, t, eps), t) - eps
+        losses.append(error.square().flatten(1).mean(1))
+    return torch.cat(losses)
 
 
 def mean_and_error(values):
