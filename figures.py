@@ -416,7 +416,8 @@ def draw_embedding():
     """The sines and cosines that the network is given for the time, against t."""
     waves = TimeEmbedding(64).waves(torch.arange(201)).numpy()
     figure, axes = new_figure(12, 4)
-    picture = axes.imshow(waves.T, aspect="auto", cmap="gray", interpolation="nearest")
+    picture = axes.imshow(waves.T, aspect="auto", cmap="gray", interpolation="nearest",
+                          vmin=-1, vmax=1)  # the cosines don't quite reach -1
     axes.axhline(31.5, color="white", linewidth=4)
     axes.set(title="the time as the network is told it", xlabel="t", ylabel="from fast to slow",
              yticks=(16, 48), yticklabels=("sines", "cosines"))
