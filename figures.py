@@ -2,15 +2,10 @@
 
     python figures.py                       what needs no network; after python train.py, all
     python figures.py --image photo.png     with another picture than the condor
-    python figures.py --growth              what a step of training costs, at several sizes
 """
-import gzip
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -77,21 +72,6 @@ def train_classifier(x, labels, seed):
     return classifier.requires_grad_(False)
 
 
-def linear_losses(ddpm, mean, cov):
-    """The loss (8) of the best linear estimate of ε for data with this mean and covariance.
-
-    Told t, with a matrix for each; not told, with one for all. With S the covariance of x_t and s
-    the mean of √(1-ᾱ_t), it is 1 - s² tr(S⁻¹)/D; not told, S has the variance of √ᾱ_t m as well.
-    """
-    alpha_bar = ddpm.alpha_bar[1:, None]
-    variances = torch.linalg.eigvalsh(cov.double())
-    told = 1 - (1 - alpha_bar) / (alpha_bar * variances + 1 - alpha_bar)
-    mixed = alpha_bar.mean() * cov + (1 - alpha_bar.mean()) * torch.eye(len(cov))
-    mixed += alpha_bar.sqrt().var(correction=0) * torch.outer(mean.flatten(), mean.flatten())
-    not_told = 1 - (1 - alpha_bar).sqrt().mean() ** 2 / torch.linalg.eigvalsh(mixed)
-    return {"told_t": told.mean().item(), "not_told_t": not_told.mean().item()}
-
-
 def measure_loss(model, ddpm, x_0):
     """The test loss (8) with its standard error, and its means over 20 spans of t."""
     losses = test_losses(model, ddpm, x_0)
@@ -148,13 +128,6 @@ def frechet_and_error(a, b):
     return frechet_distance(a, b), (without.var(correction=0) * 9).sqrt().item()
 
 
-def nats_from_standard(ddpm, x_0, mean):
-    """KL(q(x_T | x_0) || N(0, I)), a mean over digits; and the part that their mean image has."""
-    a, norms = ddpm.alpha_bar[-1].item(), x_0.square().flatten(1).sum(1)
-    return {"all": (mean.numel() * (-a - np.log(1 - a)) + a * norms.mean().item()) / 2,
-            "mean": a * mean.square().sum().item() / 2}
-
-
 def measure(network, ddpm, data, digits, seed):
     """All of it: (metrics, pictures). data: of load_mnist(); network: called like the UNet."""
     train_x, test_x, random = to_pixels(data[0]), to_pixels(data[2]), generator(seed, 0)
@@ -189,8 +162,6 @@ def measure(network, ddpm, data, digits, seed):
                   for name, x in pictures["made"].items()}
     metrics = {"losses": losses, "denoising": denoising, "generation": generation,
                "grey": grey_pixels(network, ddpm, x_0, min(denoising), random),
-               "nats": nats_from_standard(ddpm, test_x, mean),
-               "linear": linear_losses(ddpm, mean, cov),
                "clean": mean_and_error((classifier(x_0).argmax(1) == labels).float())}
     return metrics, pictures
 
@@ -207,56 +178,6 @@ def fit_limit(runs):
             key=lambda c: np.polyfit(steps**-c, losses, 1, full=True)[1].sum())
     b, a = np.polyfit(steps**-c, losses, 1)
     return a, b, c
-
-
-GROWTH = {  # one thing changed at a time: flags of train.py
-    "the default": "",
-    "batch 8": "--batch-size 8",
-    "batch 128": "--batch-size 128",
-    "batch 512": "--batch-size 512",
-    "T = 1000": "--timesteps 1000",
-    "56 x 56 pixels": "--data 56",
-    "half as wide": "--channels 8 16 32",
-    "twice as wide": "--channels 32 64 128",
-    "AdamW alone": "--muon 0",
-    "two processes": "--device cpu",
-}
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def measure_growth(images):
-    """{name: {"seconds" a step, "megabytes" of the largest process}}: the faster of two runs."""
-    if sys.platform != "linux":
-        raise InputError("--growth needs Linux, which tells in kB what a process that ended took")
-    rows, here = {}, Path(__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        write_digits(Path(folder, "28"), images)
-        write_digits(Path(folder, "56"), nn.functional.interpolate(images, scale_factor=2))
-        for name, flags in 2 * list(GROWTH.items()):
-            launcher = TORCHRUN if name == "two processes" else []
-            run = [sys.executable, *launcher, here / "train.py", "--steps", "30", "--data", "28",
-                   "--overwrite", *flags.split()]
-            process = subprocess.Popen(run, cwd=folder, stdout=subprocess.PIPE)
-            speed = re.findall(r"training: .*?, (\S+)/s", process.stdout.read().decode())[-1]
-            _, _, usage = os.wait4(process.pid, 0)
-            row = {"seconds": 1 / float(speed), "megabytes": usage.ru_maxrss / 1024}
-            print("{:16}{seconds:8.3f} s a step{megabytes:8.0f} MB".format(name, **row), flush=True)
-            rows[name] = min(row, rows.get(name, row), key=lambda row: row["seconds"])
-    return rows
-
-
-def write_idx(path, array):
-    """An array of 0..255 as a gzipped IDX file of bytes."""
-    header = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0))
-
-
-def write_digits(folder, images):
-    """A data set for train.py: all the images to train on and the first hundred to test."""
-    folder.mkdir()
-    for split, x in ("train", images.numpy()), ("t10k", images[:100].numpy()):
-        write_idx(folder / f"{split}-images-idx3-ubyte.gz", x[:, 0])
-        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", x[:, 0, 0, 0])
 
 
 def in_hundreds(model):
@@ -432,17 +353,19 @@ def plain_ticks(axis, ticks):
     axis.set_ticks([], minor=True)
 
 
-def draw_losses(metrics):
-    """The training curve, and the test loss (8) of each method by t."""
+def draw_losses(metrics, losses):
+    """The training curve, from the losses of all steps, and the test loss (8) of methods by t."""
     figure, (left, right) = new_figure(14, 4.2, 1, 2)
-    steps, losses = zip(*metrics["history"])
-    left.loglog(steps, losses, color=NETWORK, label="training, mean over 20 steps")
+    parts = losses.split(20)
+    steps = np.cumsum([len(part) for part in parts])
+    left.loglog(steps, [part.mean() for part in parts], color=NETWORK,
+                label="training, mean over 20 steps")
     final = metrics["losses"]["network"]["loss"][0]
     left.axhline(final, color="black", linestyle=":", label=f"test loss at the end: {final:.4f}")
     left.set(title="training", xlabel="step", ylabel="loss (8)")
     plain_ticks(left.yaxis, (0.04, 0.05, 0.07, 0.1, 0.2, 0.5, 1))
     ticks = (20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
-    plain_ticks(left.xaxis, [step for step in ticks if step <= steps[-1]])
+    plain_ticks(left.xaxis, [step for step in ticks if step <= len(losses)])
     left.legend()
     for name, row in metrics["losses"].items():
         label = STYLES[name]["label"].split(",")[0]
@@ -593,10 +516,6 @@ def save(figure, folder, name):
     print(folder / f"{name}.png")
 
 
-def save_numbers(numbers, path):
-    write_file(path, lambda file: file.write(json.dumps(numbers, indent=1).encode()))
-
-
 def draw_without_network(image, images, out):
     save(draw_forward(image), out, "forward")
     save(draw_marginal(to_pixels(images[:2000])), out, "marginal")
@@ -609,18 +528,16 @@ def measure_and_draw(states, data, digits, seed, out):
     """Write metrics.json, and the figures of the first of the networks beside the others."""
     network, ddpm = in_hundreds(states[0]["network"]), states[0]["ddpm"]
     metrics, pictures = measure(network, ddpm, data, digits, seed)
-    history = [(20 * i + len(part), part.mean().item())
-               for i, part in enumerate(states[0]["losses"].split(20))]
     test_x = to_pixels(data[2])
     others = [measure_loss(in_hundreds(state["network"]), state["ddpm"], test_x)
               for state in states[1:]]
-    runs = [row | {"settings": state["settings"],
-                   "parameters": sum(p.numel() for p in state["network"].parameters())}
+    runs = [row | {"settings": state["settings"]}
             for state, row in zip(states, [metrics["losses"]["network"], *others])]
-    metrics |= {"digits": digits, "seed": seed, "history": history, "runs": runs}
-    save_numbers(metrics, out / "metrics.json")
+    metrics |= {"digits": digits, "seed": seed, "runs": runs}
+    numbers = json.dumps(metrics, indent=1).encode()
+    write_file(out / "metrics.json", lambda file: file.write(numbers))
     print_table(metrics)
-    save(draw_losses(metrics), out, "losses")
+    save(draw_losses(metrics, states[0]["losses"]), out, "losses")
     save(draw_quality(metrics), out, "quality")
     save(draw_denoising(pictures), out, "denoising")
     save(draw_generation(pictures["made"]), out, "generation")
@@ -640,7 +557,6 @@ def main():
     parser.add_argument("--digits", type=int, default=50, metavar="N",
                         help="test digits that walk through the reverse process (default: 50)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
-    parser.add_argument("--growth", action="store_true", help="only measure what a step costs")
     flags = parser.parse_args()
     if not 0 <= flags.seed < 2**32:
         parser.error(f"--seed must be from 0 to {2**32 - 1}, got {flags.seed}")
@@ -652,9 +568,6 @@ def main():
     if states and not 16 <= flags.digits <= len(data[2]) // 2:
         raise InputError(f"--digits must be from 16 to {len(data[2]) // 2}, half the test digits")
     flags.out.mkdir(parents=True, exist_ok=True)
-    if flags.growth:
-        save_numbers(measure_growth(data[0][:2000]), flags.out / "growth.json")
-        return
     with matplotlib.rc_context(LOOK):
         draw_without_network(image, data[0], flags.out)
         if states:
