@@ -258,6 +258,7 @@ def test_generator_decides_the_noise_alike_on_every_device():
         D.loss(wave, X.to(device), generator)
         D.p_step(wave, X.to(device), 2, generator=generator)
     assert generators[0].get_state().equal(generators[1].get_state())
+    assert len({D.loss(wave, X, seeded(0)).item() for _ in range(9)}) == 1
     torch.manual_seed(0)
     first, second = D.loss(wave, X), D.loss(wave, X)
     torch.manual_seed(0)
