@@ -20,7 +20,6 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the program ends, without a traceback
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages from Linux: 10 % faster
 import numpy as np
 import torch
 from torch import distributed, nn
@@ -62,8 +61,7 @@ def parse_flags():
     for name, (default, _, _, meaning) in SETTINGS.items():
         kind = {"type": int, "nargs": "+"} if name == "channels" else {"type": type(default)}
         parser.add_argument("--" + name.replace("_", "-"), **kind, metavar="N", help=meaning)
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"),
-                        help="default: cuda if there is one, else cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: cuda, else cpu")
     parser.add_argument("--save-every", type=int, default=500, metavar="N",
                         help="steps from one save to the next (default: 500)")
     action = parser.add_mutually_exclusive_group()
@@ -141,10 +139,7 @@ def to_pixels(images):
 
 
 def generator(*key):
-    """A random generator whose numbers depend on the key alone.
-
-    That of step k ≥ 1 in process r is (seed, k, r): a resumed run draws what it would have drawn.
-    """
+    """Random numbers that depend on the key alone: (seed, k, r) in step k ≥ 1 of process r."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -165,11 +160,11 @@ def write_file(path, save):
         raise InputError(f"{path} can't be written ({error.strerror}); what was there is whole")
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, images=None):
     """What train() saved, as a dict, with its "ddpm", and its average as a "network" in eval mode.
 
     Nothing in the file is executed, and its checksums are compared, which torch.load leaves out.
-    Raises InputError if it is no whole checkpoint, or one of another unet.py.
+    Raises InputError if it is no whole checkpoint, or one of another unet.py or of other images.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -183,6 +178,8 @@ def read_checkpoint(path):
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
         raise InputError(f"{path} is no whole checkpoint of train.py and unet.py as they are here "
                          f"({type(error).__name__}): name another, or train") from None
+    if images is not None and state["data"] != zlib.crc32(images.numpy()):
+        raise InputError(f"{path} was trained on other digits: name their folder with --data")
     ddpm = DDPM(linear_beta(state["settings"]["timesteps"]))
     return state | {"ddpm": ddpm, "network": network.eval()}
 
@@ -231,9 +228,8 @@ def new_optimizers(model, lr, muon=True):
 
 def learning_rate(settings, step):
     """Up on a straight line for 100 steps, or a tenth of the run, and down to 0 on another."""
-    steps = settings["steps"]
-    up = min(1, step / min(100, steps / 10))
-    down = 1 - (step - 1) / steps
+    up = min(1, step / min(100, settings["steps"] / 10))
+    down = 1 - (step - 1) / settings["steps"]
     return settings["lr"] * up * down
 
 
@@ -267,7 +263,7 @@ def progress(items, task, total, before=0, losses=None):
         now, left = time.perf_counter(), total - done
         if now > last + pause or left == 0:
             last, speed = now, (done - before) / (now - start)
-            loss = "" if losses is None else f", loss {losses[max(0, done - 20):done].mean():.4f}"
+            loss = "" if losses is None else f", loss {losses[:done][-20:].mean():.4f}"
             line = f"{task} {done}/{total}, {speed:.4g}/s, {left / speed:.0f} s left{loss}"
             print(f"{line:79.79}", end="\r" if pause < 1 and left else "\n", flush=True)
 
@@ -301,7 +297,7 @@ def train(settings, images, device, state=None, rank=0, world=1):
     network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     for step in progress(range(done + 1, steps + 1), "training: step", steps, done, losses):
-        random = generator(settings["seed"], step, rank)
+        random = generator(settings["seed"], step, rank)  # a resumed run draws the same
         chosen = torch.randint(len(images), (settings["batch_size"] // world,), generator=random)
 
         x_0 = to_pixels(images[chosen]).to(device)
@@ -355,7 +351,7 @@ def save_run(run, path, made_from, save_every, stop, rank=0):
     KeyboardInterrupt to end.
     """
     def written():
-        return path.exists() and path.stat().st_mtime_ns
+        return path.stat().st_mtime_ns if path.exists() else None
 
     last = written()
     for model, average, optimizers, losses, step in run:
@@ -379,16 +375,14 @@ def main():
         raise InputError(f"--save-every must be at least 1, got {flags.save_every}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, path = pick_device(flags.device), flags.out / "model.pt"
-    state = read_checkpoint(path) if flags.resume else None
+    data = load_mnist(flags.data)
+    state = read_checkpoint(path, data[0]) if flags.resume else None
     settings = choose_settings(flags, state)
     if path.exists() and not (flags.resume or flags.overwrite):
         raise InputError(f"{path} holds a run: add --resume to go on with it, --overwrite to "
                          "replace it, or take another --out")
-    data = load_mnist(flags.data)
     check_settings(settings, data[0].shape[2:], world)
     made_from = {"settings": settings, "data": zlib.crc32(data[0].numpy())}
-    if state and state["data"] != made_from["data"]:
-        raise InputError(f"{path} was trained on other digits: name their folder with --data")
     flags.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=flags.out).close()  # better to fail now than at the first save
     if world > 1:
@@ -413,6 +407,7 @@ def main():
 
 def run_command(main):
     """main(), ended by one sentence where the user can mend it; a bug keeps its traceback."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages from Linux: 10 % faster
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="replace")  # a folder's name may have what a pipe can't say
