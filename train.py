@@ -90,8 +90,7 @@ def check_settings(settings, sides=(), world=1):
         raise InputError(f"--channels must be multiples of 4, got {settings['channels']}")
     halvings = len(settings["channels"]) - 1
     if any(side % 2**halvings for side in sides):
-        raise InputError(f"pictures of {tuple(sides)} pixels can't be halved {halvings} times: "
-                         "give fewer --channels")
+        raise InputError(f"--channels: {tuple(sides)} can't be halved {halvings} times, give fewer")
     if settings["batch_size"] % world:
         raise InputError(f"--batch-size must be a multiple of the {world} processes")
 
@@ -253,8 +252,8 @@ def update_average(average, model, step, steps):
 def progress(items, task, total, before=0, losses=None):
     """The items, one by one, with a live line: how far it is, how fast, how long it will take.
 
-    total: their number, with those done before; losses: of each, the last 20 are shown. A terminal
-    shows the line in place, twice a second; a file or a pipe gets one every five seconds.
+    total: their number, with those done before; losses: of each, to show the mean of the last 20.
+    A terminal has the line in place, twice a second; a file gets one every five seconds.
     """
     pause = 0.5 if sys.stdout.isatty() else 5
     start = last = time.perf_counter()
@@ -346,9 +345,8 @@ def report(path, data):
 def save_run(run, path, made_from, save_every, stop, rank=0):
     """Write each save_every-th state of train() to path, and the last; once stop() is true, end.
 
-    made_from: what else the file holds: the "settings", and a checksum of the "data". Only the
-    process of rank 0 writes. Raises InputError if another run has written path, and
-    KeyboardInterrupt to end.
+    made_from: its "settings" and a checksum of its "data"; only the process of rank 0 writes.
+    Raises InputError if another run has written path, and KeyboardInterrupt to end.
     """
     def written():
         return path.stat().st_mtime_ns if path.exists() else None
