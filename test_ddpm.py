@@ -681,13 +681,14 @@ def test_every_step_of_every_process_has_its_own_noise_and_so_has_the_test():
     assert len({torch.randn(1, generator=train.generator(*key)).item() for key in keys}) == 297
 
 
-def test_two_runs_do_not_write_one_file(tmp_path):
+def test_two_runs_do_not_write_one_file_nor_does_a_second_process(tmp_path):
     """The other writes at the end of a step, when this one asks whether it must stop."""
     path, run = tmp_path / "model.pt", train.train(TINY, BARS, CPU)
     path.write_bytes(b"of another run")
     with pytest.raises(train.InputError, match="another run: give each its own --out"):
         train.save_run(run, path, {"settings": TINY}, 3, stop=lambda: os.utime(path, (1, 1)))
     assert next(run)[-1] == 4  # after the first save, which is due at step 3
+    train.save_run(run, path, {"settings": TINY}, 3, stop=lambda: False, rank=1)
     assert path.read_bytes() == b"of another run"
 
 
@@ -859,6 +860,7 @@ def test_the_digits_that_walk_back_are_measured_against_themselves(tmp_path):
     metrics, pictures = figures.measure(exact, d, data, 20, seed=0)
     torch.testing.assert_close(pictures["reverse"][1][0], pictures["network"][1][0])
     measured, clean = metrics["denoising"], pictures["clean"]
+    assert list(measured) == [1, 2, 3, 4] and list(pictures["reverse"]) == [1, 2, 4]
     for t, (walked, _) in pictures["reverse"].items():
         errors = (walked - clean).square().flatten(1).mean(1)
         psnr = (10 * (4 / errors).log10()).mean().item()
