@@ -6,6 +6,7 @@
 import json
 import signal
 import tempfile
+import zlib
 from pathlib import Path
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
@@ -516,9 +517,10 @@ def measure_and_draw(states, data, digits, seed, out):
     """Write metrics.json, and the figures of the first of the networks beside the others."""
     network, ddpm = in_hundreds(states[0]["network"]), states[0]["ddpm"]
     metrics, pictures = measure(network, ddpm, data, digits, seed)
+    test_x = to_pixels(data[2])
     runs = [metrics["losses"]["network"] | {"settings": states[0]["settings"]}]
     for state in states[1:]:
-        row = measure_loss(in_hundreds(state["network"]), state["ddpm"], to_pixels(data[2]))
+        row = measure_loss(in_hundreds(state["network"]), state["ddpm"], test_x)
         runs.append(row | {"settings": state["settings"]})
     metrics |= {"digits": digits, "seed": seed, "runs": runs}
     numbers = json.dumps(metrics, indent=1).encode()
@@ -549,7 +551,8 @@ def main():
         parser.error(f"--seed must be from 0 to {2**32 - 1}, got {flags.seed}")
     image, data = read_image(flags.image), load_mnist(flags.data)
     paths = flags.checkpoint or Path("out").glob("model.pt")
-    states = [read_checkpoint(path, data[0]) for path in paths]
+    checksum = zlib.crc32(data[0].numpy())
+    states = [read_checkpoint(path, checksum) for path in paths]
     if states and not 16 <= flags.digits <= len(data[2]) // 2:
         raise InputError(f"--digits must be from 16 to {len(data[2]) // 2}, half the test digits")
     flags.out.mkdir(parents=True, exist_ok=True)

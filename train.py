@@ -159,11 +159,11 @@ def write_file(path, save):
         raise InputError(f"{path} can't be written ({error.strerror}); what was there is whole")
 
 
-def read_checkpoint(path, images=None):
+def read_checkpoint(path, checksum=None):
     """What train() saved, as a dict, with its "ddpm", and its average as a "network" in eval mode.
 
     Nothing in the file is executed, and its checksums are compared, which torch.load leaves out.
-    Raises InputError if it is no whole checkpoint, or one of another unet.py or of other images.
+    Raises InputError if it is no whole checkpoint, of another unet.py, or of other digits.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -177,7 +177,7 @@ def read_checkpoint(path, images=None):
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
         raise InputError(f"{path} is no whole checkpoint of train.py and unet.py as they are here "
                          f"({type(error).__name__}): name another, or train") from None
-    if images is not None and state["data"] != zlib.crc32(images.numpy()):
+    if checksum is not None and state["data"] != checksum:
         raise InputError(f"{path} was trained on other digits: name their folder with --data")
     ddpm = DDPM(linear_beta(state["settings"]["timesteps"]))
     return state | {"ddpm": ddpm, "network": network.eval()}
@@ -374,13 +374,14 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, path = pick_device(flags.device), flags.out / "model.pt"
     data = load_mnist(flags.data)
-    state = read_checkpoint(path, data[0]) if flags.resume else None
+    checksum = zlib.crc32(data[0].numpy())
+    state = read_checkpoint(path, checksum) if flags.resume else None
     settings = choose_settings(flags, state)
     if path.exists() and not (flags.resume or flags.overwrite):
         raise InputError(f"{path} holds a run: add --resume to go on with it, --overwrite to "
                          "replace it, or take another --out")
     check_settings(settings, data[0].shape[2:], world)
-    made_from = {"settings": settings, "data": zlib.crc32(data[0].numpy())}
+    made_from = {"settings": settings, "data": checksum}
     flags.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=flags.out).close()  # better to fail now than at the first save
     if world > 1:
