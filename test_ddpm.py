@@ -1140,13 +1140,13 @@ REFUSED = [
     (f"{NEW} --channels 4 8 8 8 8", "can't be halved 4 times", None),
     ("train.py --data data --out data/train-labels-idx1-ubyte.gz/x", "labels-idx1", None),
     ("train.py --data data", "--resume to continue it, --overwrite to start", None),
-    ("train.py --resume --out fresh", "fresh", None),
+    ("train.py --resume --out fresh", "fresh/model.pt is not there", None),
     (f"{RESUME} --steps 9999", "--resume keeps the settings", None),
     (RESUME, "other digits", lambda: write_data(seed=3)),
     (DRAW, "other digits", lambda: write_data(seed=3)),
     (f"{DRAW} --digits 21", "--digits", None),
     (f"{DRAW}", "of which 32 are needed; there are 30", lambda: write_data(test=30)),
-    (f"{DRAW} --checkpoint missing.pt", "missing.pt", None),
+    (f"{DRAW} --checkpoint missing.pt", "missing.pt is not there", None),
     (f"{DRAW} --image {CHECKPOINT}", CHECKPOINT, None),
 ]
 

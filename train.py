@@ -292,6 +292,8 @@ def read_checkpoint(path, checksum=None):
 
     Nothing in the file is executed. InputError if it is damaged, of another UNet or other digits.
     """
+    if not os.path.exists(path):
+        raise InputError(f"{path} is not there: run python train.py first, or name another")
     refused = InputError(f"{path} is damaged or not a checkpoint of this train.py and unet.py: "
                          "name another, or train")
     try:
