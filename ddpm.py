@@ -183,9 +183,9 @@ class DDPM:
                              f"got {t.dtype} of shape {tuple(t.shape)}")
         if t.dim() and x is not None and len(t) != len(x):
             raise ValueError(f"t must have one time for each of {len(x)} samples, got {len(t)}")
-        outside = t[(t < 1) | (t > self.T)]
-        if outside.numel():
-            raise ValueError(f"t must be in 1..{self.T}, got {outside[0]}")
+        outside = (t < 1) | (t > self.T)
+        if outside.any():
+            raise ValueError(f"t must be in 1..{self.T}, got {t[outside][0]}")
         return t if x is None else t.expand(len(x))
 
     def _eps(self, model, x_t, t):

@@ -323,7 +323,7 @@ def measure(network, ddpm, data, digits):
                             x_0.shape[1:], rng)
 
     metrics = {"losses": losses, "digits": digits,
-               "clean": mean_and_sem((classifier(x_0).argmax(1) == labels).float()),
+               "clean": score(x_0, x_0, labels, classifier)["accuracy"],
                "denoising": {t: {name: score(x0_hat, x_0, labels, classifier)
                                  for name, x0_hat in row.items()} for t, row in estimates.items()}}
     if digits >= ENOUGH:
@@ -360,6 +360,11 @@ def fit_power_law(steps, losses):
     return fits[fits[:, 3].argmin(0), :3, np.arange(losses.shape[1])].T
 
 
+def differ_in_nothing_but(settings, a, b):
+    """Are two runs comparable, but for these settings of their Config?"""
+    return all(a["config"][name] == b["config"][name] for name in a["config"].keys() - settings)
+
+
 def fit_runs(runs):
     """Steps and losses of comparable runs, their fit_power_law, (3, 1), and 1000 resampled fits.
 
@@ -367,8 +372,8 @@ def fit_runs(runs):
     fit has noise on each loss, of the spread of the runs around the fit. None for the fit with
     fewer than three lengths, and for the resampled ones with three runs.
     """
-    alike = [run for run in runs if run["steps"] == run["config"]["steps"] and
-             run["config"] | {"steps": 0, "seed": 0} == runs[0]["config"] | {"steps": 0, "seed": 0}]
+    finished = [run for run in runs if run["steps"] == run["config"]["steps"]]
+    alike = [run for run in finished if differ_in_nothing_but({"steps", "seed"}, run, runs[0])]
     steps = np.array([run["steps"] for run in alike], float)
     losses = np.array([run["loss"][0] for run in alike])
     if len(set(steps)) < 3:
@@ -427,9 +432,8 @@ def draw_compute(runs):
              ylabel="test loss (8) at its end")
     plain_ticks(left.xaxis, sorted({int(n) for n in steps}))
     left.legend(loc="upper right")
-    either = {"time_conditioning": None}
     for run in runs:
-        if run["config"] | either == runs[0]["config"] | either:
+        if differ_in_nothing_but({"time_conditioning"}, run, runs[0]):
             style, word = "-o", "with"
             if not run["config"]["time_conditioning"]:
                 style, word = "--x", "without"

@@ -1386,7 +1386,7 @@ def rows_of_the_readme():
 
 def phrases_of_the_schedule():
     """The numbers in its sentences that follow from the equations."""
-    d, long = OurDDPM(linear_beta()), OurDDPM(linear_beta(1000))
+    d, long = D200, OurDDPM(linear_beta(1000))
     ratio = d.posterior_variance([2, 10, 100]) / d.beta[[2, 10, 100]]
     yield "is 0, {:.2f}, {:.2f} and {:.3f} at $t$ = 1, 2, 10 and 100".format(*ratio)
     weight = d.beta / (2 * d.alpha * (1 - d.alpha_bar))
