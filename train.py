@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from ddpm import DDPM, linear_beta
 from unet import ResidualBlock, UNet
@@ -171,7 +171,6 @@ class Trainer:
         self.rank, self.world = rank, world  # this process, and how many share each batch
         self.ddpm = DDPM(linear_beta(config.timesteps))
         self.model = new_model(config).to(device, memory_format=torch.channels_last)  # faster
-        self.network = nn.parallel.DistributedDataParallel(self.model) if world > 1 else self.model
         self.optimizers = new_optimizers(self.model, config)
         self.losses = []
 
@@ -186,22 +185,23 @@ class Trainer:
         index = torch.randint(len(images), (batch_size,), generator=rng)
 
         x_0 = to_pixels(images[index]).to(self.device)
-        loss = self.record(self.ddpm.loss(self.network, x_0, rng))
+        loss = self.ddpm.loss(self.model, x_0, rng)
+        self.model.zero_grad()
         loss.backward()
+        self.losses.append(self.average(loss.detach()))
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(self.config, step)
             optimizer.step()
-            optimizer.zero_grad()
 
-    def record(self, loss):
-        """Append the loss, averaged over the processes; InputError if it is not finite."""
-        mean = loss.detach() / self.world
+    def average(self, loss):
+        """Average the gradients and the loss over the processes; InputError if not finite."""
         if self.world > 1:
-            distributed.all_reduce(mean)
-        if not mean.isfinite():
+            for tensor in loss, *(parameter.grad for parameter in self.model.parameters()):
+                distributed.all_reduce(tensor)
+                tensor /= self.world
+        if not loss.isfinite():
             raise InputError(f"the loss is not finite at step {self.step + 1}: try a smaller --lr")
-        self.losses.append(mean.item())
-        return loss
+        return loss.item()
 
     def state_dict(self):
         return {"config": asdict(self.config), "losses": self.losses,
@@ -413,6 +413,9 @@ def main():
         if rank == 0 and saved_step:
             say(f"\nstopped: step {saved_step} is in {path}; --resume continues from there")
         raise
+    finally:
+        if world > 1:
+            distributed.destroy_process_group()  # its threads must not outlive Python
 
 
 def run_command(main):
