@@ -2,7 +2,6 @@
 
 q is the forward process, which adds noise to the data x_0 step by step; p is the reverse process,
 which removes it with the help of a network ε_θ(x_t, t). The data may have any shape.
-Every table is indexed by the t of the sheet: t = 0 is the data, the steps are t = 1..T.
 """
 import torch
 
@@ -18,18 +17,14 @@ def linear_beta(T=200, beta_0=1e-4, beta_T=0.02):
 
 
 def per_sample(coefficient, x):
-    """A float64 coefficient of shape (B,) as one of shape (B, 1, ..., 1), dtype and device of x.
-
-    The only place where a coefficient is rounded: at t = 1, 1 - ᾱ_t is 2e-4, and a subtraction in
-    float32 would lose four of its digits.
-    """
+    """A float64 coefficient of shape (B,) as one of shape (B, 1, ..., 1), dtype and device of x."""
+    # Rounded only here: in float32, the subtraction in 1 - ᾱ_1 = 2e-4 would lose four digits.
     return coefficient.reshape(-1, *[1] * (x.dim() - 1)).to(x)
 
 
 def describe(x):
-    if not torch.is_tensor(x):
-        return f"a {type(x).__name__}"
-    return f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+    is_tensor = torch.is_tensor(x)
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if is_tensor else type(x).__name__
 
 
 def randn_like(x, generator=None):
@@ -54,17 +49,15 @@ class DDPM:
     def __init__(self, beta):
         self.beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").clone()
         if self.beta.dim() != 1 or len(self.beta) < 2:
-            raise ValueError("beta must be T+1 ≥ 2 numbers β_0..β_T, "
-                             f"got shape {tuple(self.beta.shape)}")
+            raise ValueError(f"beta must be T+1 ≥ 2 numbers, got shape {tuple(self.beta.shape)}")
         self.T = len(self.beta) - 1
         self.alpha = 1 - self.beta
         if not ((self.alpha[1:] > 0) & (self.alpha[1:] < 1)).all():
-            raise ValueError("every β_t with t ≥ 1 must lie in (0, 1), got values from "
-                             f"{self.beta[1:].min():.3g} to {self.beta[1:].max():.3g}")
+            low, high = self.beta[1:].aminmax()
+            raise ValueError(f"β_1..β_T must lie in (0, 1), got {low:.3g} to {high:.3g}")
         self.alpha_bar = torch.cat([self.alpha.new_ones(1), self.alpha[1:]]).cumprod(0)
         if self.alpha_bar[-1] < 1e-30:  # the squares of x̂_0 would be infinite in float32
-            raise ValueError("ᾱ_T must be at least 1e-30: take fewer steps or smaller β_t, "
-                             f"got {self.alpha_bar[-1]:.3g}")
+            raise ValueError(f"ᾱ_T is {self.alpha_bar[-1]:.3g}, below 1e-30: take fewer steps")
 
     # 1. Forward process
 
@@ -139,13 +132,12 @@ class DDPM:
         t: the time of x_t, an int, T if None. Returns a generator that yields (s, x_s) for
         s = t-1, ..., 0; the last one is x_0. Arguments as in p_sample.
         """
-        t = self.T if t is None else t
-        if self.check(t).dim():
-            raise ValueError(f"p_sample_loop takes one int as the t of all samples, got {len(t)}")
-        self.check(t, x_t)
+        t = self.check(self.T if t is None else t, x_t)
+        if (t != t[0]).any():
+            raise ValueError(f"all samples must start at one t, got {t.min()} to {t.max()}")
 
         def path(x):
-            for s in range(t, 0, -1):
+            for s in range(t[0], 0, -1):
                 x = self.p_sample(model, x, s, variance, generator)
                 yield s - 1, x.clone()
         return path(x_t.clone())
@@ -170,17 +162,14 @@ class DDPM:
         """t on the CPU, one for each sample of x; ValueError if t or the tensors do not fit."""
         is_float = torch.is_tensor(x) and x.is_floating_point()
         if x is not None and not (is_float and x.dim() and x.numel()):
-            raise ValueError("x must be a float tensor of shape (B, ...), not empty, "
-                             f"got {describe(x)}")
+            raise ValueError(f"x must be a float tensor (B, ...), not empty, got {describe(x)}")
         if other is not None and describe(x) != describe(other):
-            raise ValueError("the two tensors must have one shape, dtype and device, "
-                             f"got {describe(x)} and {describe(other)}")
+            raise ValueError(f"both tensors must be {describe(x)}, got {describe(other)}")
         if size is not None and x[0].numel() != size:
             raise ValueError(f"each sample must be {size} numbers, got {describe(x)}")
         t = torch.as_tensor(t, device="cpu")
         if t.dtype != torch.int64 or t.dim() > 1:
-            raise ValueError("t must be an int or an int64 tensor of shape (B,), "
-                             f"got {t.dtype} of shape {tuple(t.shape)}")
+            raise ValueError(f"t must be an int or an int64 tensor (B,), got {describe(t)}")
         if t.dim() and x is not None and len(t) != len(x):
             raise ValueError(f"t must have one time for each of {len(x)} samples, got {len(t)}")
         outside = (t < 1) | (t > self.T)
@@ -193,31 +182,25 @@ class DDPM:
         eps = model(x_t.clone(), t.to(x_t.device, copy=True))
         fits = torch.is_tensor(eps) and eps.shape == x_t.shape
         if not fits or torch.promote_types(eps.dtype, x_t.dtype) != x_t.dtype:
-            raise ValueError("model must return a tensor like x_t, of no wider dtype: "
-                             f"{describe(x_t)}, got {describe(eps)}")
+            raise ValueError(f"model must return {describe(x_t)}, got {describe(eps)}")
         return eps.to(x_t.dtype)
 
 
-# Two kinds of data for which the minimiser E[ε | x_t] of (8) is known exactly. Both are called like
-# a network, model(x_t, t): to test the reverse process, and as baselines.
-
-
 class GaussianEps:
-    """E[ε | x_t] for data x_0 ~ N(m, C); for other data with these moments, the best linear one.
+    """The minimiser of (8) for x_0 ~ N(m, C); for other data of this m and C, the best linear one.
 
         x_t = √ᾱ x_0 + √(1-ᾱ) ε is Gaussian too, with mean √ᾱ m and covariance S = ᾱ C + (1-ᾱ) I.
         Its covariance with ε is √(1-ᾱ) I, hence E[ε | x_t] = √(1-ᾱ) S⁻¹ (x_t - √ᾱ m).
         With C = U diag(λ) Uᵀ, found once, S⁻¹ = U diag(1 / (ᾱ λ + 1-ᾱ)) Uᵀ for every t.
 
     mean: D numbers, of any shape; cov: (D, D), symmetric, positive semidefinite; both on the device
-    of x_t, which has D numbers a sample. Raises ValueError if they do not fit.
+    of x_t, which has D numbers a sample. ValueError if they do not fit. Called like a network.
     """
 
     def __init__(self, ddpm, mean, cov):
         D = mean.numel()
         if cov.shape != (D, D) or not cov.isfinite().all() or not cov.allclose(cov.T):
-            raise ValueError(f"cov must be {D} x {D} for this mean, symmetric and finite, "
-                             f"got {tuple(cov.shape)}")
+            raise ValueError(f"cov must be {D} x {D}, symmetric, finite, got {describe(cov)}")
         self.ddpm, self.mean = ddpm, mean.double().flatten().clone()
         eigenvalues, self.eigenvectors = torch.linalg.eigh(cov.double())
         if eigenvalues[0] < -1e-4 * eigenvalues[-1]:  # more than rounding in float32
@@ -245,14 +228,14 @@ class GaussianEps:
 
 
 class EmpiricalEps:
-    """E[ε | x_t] for data that is uniform on N points: over them, the exact minimiser of (8).
+    """The minimiser of (8) for data that is uniform on N points: as a denoiser, it memorises them.
 
         Given x_t, point i has the weight w_i ∝ exp(-‖x_t - √ᾱ x_i‖² / 2(1-ᾱ)): a softmax.
         E[x_0 | x_t] = Σ w_i x_i, and (5) gives E[ε | x_t] = (x_t - √ᾱ E[x_0 | x_t]) / √(1-ᾱ).
         ‖x_t‖² is common to all i and drops out of the softmax.
 
     points: (N, ...), N ≥ 1, on the device of x_t; the arithmetic is in their dtype, or in float32
-    if that is wider. Raises ValueError if there is none, or x_t has samples of another size.
+    if that is wider. ValueError if there is none, or samples of x_t have another size.
     """
 
     def __init__(self, ddpm, points):
