@@ -213,11 +213,6 @@ class GaussianEps:
         x = x.reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32))
         return cls(ddpm, x.mean(0), torch.atleast_2d(x.T.cov(correction=0)))
 
-    def sample(self, n, generator=None):
-        """n draws from N(m, C), shape (n, D), float64: m + U √λ z."""
-        z = randn_like(self.mean.expand(n, -1), generator)
-        return self.mean + z * self.eigenvalues.sqrt() @ self.eigenvectors.T
-
     def __call__(self, x_t, t):
         t = self.ddpm.check(t, x_t, size=len(self.mean))
         x = x_t.reshape(len(x_t), -1).double()

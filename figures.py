@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 import torch
+from matplotlib import ticker
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -56,12 +57,11 @@ def show(axes, picture):
     axes.grid(False)
 
 
-def plain_ticks(axis, ticks=(0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3)):
-    """On a logarithmic axis, those of the numbers that are in view, written out."""
-    low, high = sorted(axis.get_view_interval())
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    axis.set_ticks(ticks, labels=ticks)
-    axis.set_ticks([], minor=True)
+def plain_ticks(axis, digits):
+    """Numbers that begin with one of the digits, written out, on a logarithmic axis."""
+    axis.set_major_locator(ticker.LogLocator(subs=digits))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 # Sheet 1 to 4: pictures that need no network
@@ -281,13 +281,19 @@ def frechet_and_sem(a, b):
     return frechet_distance(a, b), (without.var(correction=0) * 9).sqrt().item()
 
 
+def matched_gaussian(linear, n, rng):
+    """n draws, (n, D), from the Gaussian with the mean and covariance of x_T, by (5)."""
+    signal = linear.ddpm.alpha_bar[-1]
+    variances = signal * linear.eigenvalues + 1 - signal
+    z = torch.randn(n, len(variances), generator=rng, dtype=torch.float64)
+    return signal.sqrt() * linear.mean + z * variances.sqrt() @ linear.eigenvectors.T
+
+
 def draw_samples(network, ddpm, linear, n, shape, rng):
-    """n digits from N(0, I) by the reverse process, and from a Gaussian with the moments of x_T."""
+    """n digits by the reverse process, from N(0, I) and from the matched Gaussian."""
     starts = {}
     if linear:
-        x_0 = linear.sample(n, rng).float().reshape(n, *shape)
-        starts["matched Gaussian"] = ddpm.q_sample(
-            x_0, ddpm.T, torch.randn(x_0.shape, generator=rng))
+        starts["matched Gaussian"] = matched_gaussian(linear, n, rng).float().reshape(n, *shape)
     starts["N(0, I)"] = torch.randn(n, *shape, generator=rng)
     return {name: reverse_process(network, ddpm, x_T, ddpm.T, rng)[0].clamp(-1, 1)
             for name, x_T in starts.items()}
@@ -329,7 +335,8 @@ def measure(network, ddpm, data, digits):
     if digits >= ENOUGH:
         metrics["generation"] = measure_samples(samples, test_x[rest], classifier)
     first = [labels[:SHOWN].tolist().index(label) for label in labels[:SHOWN].unique()]
-    shown = {t: {name: (x[first], classifier(x[first]).argmax(1) != labels[first])
+    four = first[:4]
+    shown = {t: {name: (x[four], classifier(x[four]).argmax(1) != labels[four])
                  for name, x in row.items()} for t, row in estimates.items() if "reverse" in row}
     return metrics, {"x_0": x_0[:SHOWN], "first": first, "denoised": shown, "samples": samples,
                      "path": path}
@@ -397,8 +404,8 @@ def draw_losses(metrics, losses):
     final = metrics["losses"]["network"]["loss"][0]
     left.axhline(final, color="black", linestyle=":", label=f"test loss at the end: {final:.4f}")
     left.set(title="training", xlabel="step", ylabel="loss (8)")
-    plain_ticks(left.yaxis)
-    plain_ticks(left.xaxis, (20, 50, 100, 200, 500, 1000, 2000, 5000, 10000))
+    plain_ticks(left.yaxis, (1, 2, 3, 5))
+    plain_ticks(left.xaxis, (1, 2, 5))
     left.legend()
     for name, row in metrics["losses"].items():
         label = STYLES[name]["label"].split(",")[0]
@@ -406,7 +413,7 @@ def draw_losses(metrics, losses):
         right.semilogy(row["t"], row["loss_by_t"], **style, markersize=4)
     right.set(title="test digits, by time", xlabel="t", ylim=(0.01, 3),
               ylabel="loss (8), cut at 3")
-    plain_ticks(right.yaxis)
+    plain_ticks(right.yaxis, (1, 2, 3, 5))
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4,
                   title="test loss (8), mean over t", fontsize=11)
     return figure
@@ -430,7 +437,9 @@ def draw_compute(runs):
                           label=f"95% of resampled fits\nlimit: {low:.4f} to {high:.4f}")
     left.set(title="longer runs", xlabel="steps of the run", xscale="log",
              ylabel="test loss (8) at its end")
-    plain_ticks(left.xaxis, sorted({int(n) for n in steps}))
+    lengths = sorted(set(steps))
+    left.set_xticks(lengths, labels=[f"{n:.0f}" for n in lengths])
+    left.minorticks_off()
     left.legend(loc="upper right")
     for run in runs:
         if differ_in_nothing_but({"time_conditioning"}, run, runs[0]):
@@ -440,7 +449,7 @@ def draw_compute(runs):
             right.semilogy(run["t"], run["loss_by_t"], style, color=NETWORK, markersize=5,
                            label=f"{word} time conditioning: {run['loss'][0]:.4f}")
     right.set(title="does the network need t?", xlabel="t", ylabel="test loss (8)")
-    plain_ticks(right.yaxis)
+    plain_ticks(right.yaxis, (1, 2, 3, 5))
     right.legend()
     return figure
 
@@ -467,38 +476,39 @@ def draw_quality(metrics):
     return figure
 
 
-def draw_grid(rows, labels, titles, each=1, frames=()):
-    """Rows of pictures, a label at the left of each, a title over each group of `each` columns."""
-    _, height, width = rows[0][0].shape
-    gap = width // 9
-    top = [i * (height + gap) + gap for i in range(len(rows))]
-    left = [j * (width + gap) + gap + j // each * 2 * gap for j in range(len(rows[0]))]
-    page = torch.ones(1, top[-1] + height + gap, left[-1] + width + gap)
-    for y, row in zip(top, rows, strict=True):
-        for x, picture in zip(left, row, strict=True):
-            page[:, y:y + height, x:x + width] = picture
-    figure, axes = new_figure(3.4 + 0.026 * page.shape[2], 0.9 + 0.026 * page.shape[1])
+def tiled(rows):
+    """One picture of rows of pictures."""
+    return torch.cat([torch.cat([*row], dim=2) for row in rows], dim=1)
+
+
+def draw_grid(rows, labels, titles, frames=()):
+    """Rows of pictures, (n, 1, H, W) each, with labels; titles over equal parts; (i, j) framed."""
+    page = tiled(nn.functional.pad(row, 4 * [2], value=1) for row in rows)
+    _, height, width = page.shape
+    figure, axes = new_figure(3.4 + 0.026 * width, 0.9 + 0.026 * height)
     show(axes, page)
-    axes.set_yticks([y + height / 2 for y in top], labels)
-    middles = [(left[i] + left[i + each - 1] + width) / 2 for i in range(0, len(left), each)]
-    axes.set_xticks(middles, titles)
+    axes.set_yticks((torch.arange(len(rows)) + 0.5) * height / len(rows), labels)
+    axes.set_xticks((torch.arange(len(titles)) + 0.5) * width / len(titles), titles)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    width, height = width / len(rows[0]), height / len(rows)
     for i, j in frames:
-        axes.add_patch(Rectangle((left[j] - 1.5, top[i] - 1.5), width + 2, height + 2, fill=False,
+        axes.add_patch(Rectangle((j * width, i * height), width - 1, height - 1, fill=False,
                                  color=MISREAD, linewidth=3))
     return figure
 
 
 def draw_denoising(x_0, denoised):
-    """Four digits, noisy at several t, and what each method makes of them; misread ones framed."""
-    rows, frames = [[*x_0[:4]] * len(denoised)], []
+    """Digits, noisy at several t, and what each method makes of them; misread ones framed."""
     names = [name for name in STYLES if name in denoised[max(denoised)]]
-    for i, name in enumerate(names, start=1):
-        rows.append([x for row in denoised.values() for x in row[name][0][:4]])
-        misread = [wrong for row in denoised.values() for wrong in row[name][1][:4]]
-        frames += [(i, j) for j, wrong in enumerate(misread) if wrong]
+    rows, frames = [torch.cat(len(denoised) * [x_0])], []
+    for name in names:
+        x0_hat, misread = zip(*(row[name] for row in denoised.values()), strict=True)
+        frames += [(len(rows), j) for j in torch.cat(misread).nonzero().flatten()]
+        rows.append(torch.cat(x0_hat))
     labels = ["clean digit"] + [STYLES[name]["label"] for name in names]
-    figure = draw_grid(rows, labels, [f"t = {t}" for t in denoised], len(x_0[:4]), frames)
+    figure = draw_grid(rows, labels, [f"t = {t}" for t in denoised], frames)
+    for x in torch.linspace(0, 1, len(denoised) + 1)[1:-1]:
+        figure.axes[0].axline((x, 0), (x, 1), transform=figure.axes[0].transAxes, color=NOISE)
     figure.supxlabel("yellow frame: the classifier takes it for another digit", fontsize=12)
     return figure
 
@@ -514,7 +524,7 @@ def draw_reverse(steps, x_0, index):
     """Digits on their way back, under each x_t the estimate of x_0 from it, and the originals."""
     parts = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1)
     times, *pair = zip(*(steps[round((len(steps) - 1) * part)] for part in parts), strict=True)
-    rows = [[x[i] for x in (*row, x_0)] for i in index for row in pair]
+    rows = [torch.stack([x[i] for x in (*row, x_0)]) for i in index for row in pair]
     titles = [f"t = {t}" for t in times[:-1]] + ["result", "original"]
     return draw_grid(rows, len(index) * ["$x_t$", r"estimate $\hat{x}_0$"], titles)
 
@@ -522,7 +532,7 @@ def draw_reverse(steps, x_0, index):
 def draw_generation(samples):
     """Digits drawn from three kinds of x_T, and real ones."""
     labels = [name if name == "real digits" else f"from {name}" for name in samples]
-    return draw_grid([x[:12] for x in samples.values()], labels, [""], 12)
+    return draw_grid([x[:12] for x in samples.values()], labels, [])
 
 
 def save_gif(steps, x_0, path):
@@ -534,7 +544,7 @@ def save_gif(steps, x_0, path):
             titles = f"$x_t$, t = {t}", r"estimate $\hat{x}_0$", "original"
             for cell, digits, title in zip(axes, (x, x0_hat, x_0), titles, strict=True):
                 cell.clear()
-                show(cell, torch.cat([torch.cat([*row], dim=2) for row in digits.split(4)], dim=1))
+                show(cell, tiled(digits.split(4)))
                 cell.set_title(title)
             writer.grab_frame()
     say(path)
@@ -558,7 +568,7 @@ def measure_and_draw(states, data, digits, out):
     x_0, first_of_class = pictures["x_0"], pictures["first"]
     steps = list(estimates_along(pictures["path"], network, ddpm))
     figures = {"losses": draw_losses(metrics, first["losses"]), "quality": draw_quality(metrics),
-               "denoising": draw_denoising(x_0[first_of_class], pictures["denoised"]),
+               "denoising": draw_denoising(x_0[first_of_class[:4]], pictures["denoised"]),
                "generation": draw_generation(pictures["samples"]),
                "reverse": draw_reverse(steps, x_0, first_of_class[:6])}
     if len(states) > 1:
