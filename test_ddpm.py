@@ -352,23 +352,18 @@ def test_best_linear_eps_of_data_is_that_of_a_gaussian_with_its_moments(N, D, se
     close(GaussianEps.fit(d, x)(x_t, t), same(x_t, t), tol=1e-5)
 
 
-def reverse_gain(d, t):
-    """m_{t-1}, K, m_t with E[x_{t-1} | x_t] = m_{t-1} + K (x_t - m_t), for x_0 ~ N(MEAN, COV)."""
-    (a_prev, v_prev), (a, v) = marginal(d, t - 1), marginal(d, t)
-    cov_prev, cov_t = a_prev**2 * COV + v_prev * I2, a**2 * COV + v * I2
-    return a_prev * MEAN, (1 - d.beta[t]).sqrt() * cov_prev @ cov_t.inverse(), a * MEAN
-
-
 @given(both_variances)
 def test_eq2_and_eq7_with_the_exact_eps_follow_the_linear_recursion(variance):
-    """mean ← m_{t-1} + K (mean - m_t), cov ← K cov Kᵀ + σ_t² I from x_T ~ N(0, I) on; σ_1 = 0."""
+    """With E[x_{t-1} | x_t] = m_{t-1} + K (x_t - m_t), and σ_1 = 0, from x_T ~ N(0, I) on."""
     d, mean, cov = process(0.2, 0.4, 0.3, 0.5), 0 * MEAN, I2
     exact = GaussianEps(OurDDPM(d.beta), MEAN, COV)
     path = d.p_sample_loop(exact, normal(100_000, 2), generator=seeded(1), **variance)
     for t, (_, x) in zip((4, 3, 2, 1), path, strict=True):
-        m_prev, K, m_t = reverse_gain(d, t)
+        (a_prev, v_prev), (a, v) = marginal(d, t - 1), marginal(d, t)
+        cov_prev, cov_t = a_prev**2 * COV + v_prev * I2, a**2 * COV + v * I2
+        K = (1 - d.beta[t]).sqrt() * cov_prev @ cov_t.inverse()
         sigma2 = d.posterior_variance(t) if variance else d.beta[t]
-        mean = m_prev + K @ (mean - m_t)
+        mean = a_prev * MEAN + K @ (mean - a * MEAN)
         cov = K @ cov @ K.T + sigma2 * I2 * (t > 1)
         assert_moments(x, mean, cov)
 
