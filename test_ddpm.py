@@ -202,7 +202,6 @@ def variance_before_given_0(d, t):
 
 
 @given(any_chain)
-@settings(max_examples=20)
 def test_posterior_variance_and_beta_bound_the_variance_on_average_over_x_t(c):
     """For x_0 = ±1, whose mean given x_t is tanh(√ᾱ x_t / (1-ᾱ)); at one x_t it can be more."""
     a, v = marginal(c.d, c.t)
@@ -400,7 +399,6 @@ every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 @every_method
 @given(c=any_chain)
-@settings(max_examples=20)
 def test_a_t_for_each_sample_is_each_sample_with_its_own_t(method, c):
     """Also in (2), where only t > 1 has noise: the seed is the same, hence the ε."""
     together = method(c.d, c.x, c.y, c.times)
@@ -618,11 +616,7 @@ def network(channels=(4, 8), **options):
     return net
 
 
-few = st.integers(1, 3)
-
-
-@given(few, few, few, few, st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=3))
-@settings(max_examples=20)
+@given(*4 * [st.integers(1, 3)], st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=3))
 def test_unet_returns_the_shape_it_was_given_and_starts_at_zero(n, colours, rows, columns, widths):
     smallest, t = 2 ** (len(widths) - 1), torch.arange(n)
     x = torch.randn(n, colours, rows * smallest, columns * smallest)
