@@ -738,8 +738,7 @@ def test_muon_is_that_of_torch_within_the_rounding_of_its_bfloat16():
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adam"])
-def test_every_parameter_gets_a_gradient_and_is_trained_by_one_optimiser_and_one_with_0_stays(
-        optimizer):
+def test_every_parameter_is_trained_by_one_optimiser_and_stays_if_its_gradient_is_0(optimizer):
     net = network((4, 8, 8))
     names = {p: name for name, p in net.named_parameters()}
     optimizers = train.new_optimizers(net, train.Config(lr=0.1, optimizer=optimizer))
@@ -750,7 +749,6 @@ def test_every_parameter_gets_a_gradient_and_is_trained_by_one_optimiser_and_one
     assert len(kernels) == 20 and learned[:-1] == ([kernels] if optimizer == "muon" else [])
     before = {name: p.clone() for name, p in net.named_parameters()}
     net(torch.randn(2, 1, 8, 8), torch.tensor([1, 200])).square().sum().backward()
-    assert all(p.grad.abs().max() > 1e-6 for p in names)
     still = net.down_blocks[0][0].conv2.weight
     still.grad.zero_()
     for each in optimizers:
