@@ -795,9 +795,7 @@ def test_a_new_model_depends_on_its_seed_and_leaves_the_random_numbers_of_the_ca
 
 
 def test_every_step_of_every_process_has_its_own_noise_and_so_has_the_test():
-    numbers, steps = range(3), range(99)
-    keys = [(0,), (0, 0), *((seed, step, rank) for seed in numbers for step in steps
-                            for rank in numbers)]
+    keys = [(0,), (0, 0), *np.ndindex(3, 99, 3)]  # of the test, of figures, (seed, step, rank)
     first = [torch.randn(1, generator=train.generator(*key)).item() for key in keys]
     assert len(set(first)) == len(keys)
     assert first[0] == torch.randn(1, generator=train.generator(0)).item()
