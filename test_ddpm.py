@@ -1348,18 +1348,8 @@ def test_linear_losses_are_those_of_the_best_linear_estimates_with_t_and_without
     assert without_t == pytest.approx(least(t > 0), rel=0.01) and without_t > 1.02 * with_t
 
 
-def numbers_of_growth():
-    """{flags: (seconds a step of the faster of two runs, MiB of the larger)}, from growth.txt."""
-    text = (HERE / "figures/growth.txt").read_text(encoding="utf-8")
-    runs = np.array(re.findall(r"(\S+)/s,\n(\S+) kB", text), float).reshape(2, -1, 2)
-    speed, kilobytes = runs.max(0).T
-    flags = re.findall('"(--.*?)"', README)
-    names = [f"`{flag}`" for flag in flags] + ["`torchrun`, two processes"]
-    return dict(zip(names, zip(1 / speed, kilobytes / 1024), strict=True))
-
-
 def rows_of_the_readme():
-    """The rows of its tables, from the measurements."""
+    """Those of its tables."""
     yield ["test loss (8)", *(rounded(*row["loss"]) for row in METRICS["losses"].values())]
     for t, row in METRICS["denoising"].items():
         cells = [row[name] for name in figures.STYLES if name in row]
@@ -1367,8 +1357,11 @@ def rows_of_the_readme():
     for name, row in METRICS["generation"].items():
         confident = rounded(*(100 * number for number in row["confident"]))
         yield [name, rounded(*row["frechet"]), f"{confident} %"]
-    for name, (seconds, megabytes) in numbers_of_growth().items():
-        yield [name, f"{seconds:#.2g}", f"{megabytes:.0f}"]
+    text = (HERE / "figures/growth.txt").read_text(encoding="utf-8")
+    most = np.array(re.findall(r"(\S+)/s,\n(\S+) kB", text), float).reshape(2, -1, 2).max(0)
+    flags = [f"`{flag}`" for flag in re.findall('"(--.*?)"', README)]
+    for name, (speed, kilobytes) in zip([*flags, "`torchrun`, two processes"], most, strict=True):
+        yield [name, f"{1 / speed:#.2g}", f"{kilobytes / 1024:.0f}"]
     for mistake, _, _, theorem in MISTAKES:
         yield [mistake, theorem.__name__.removeprefix("test_").replace("_", " ")]
 
