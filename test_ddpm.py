@@ -494,12 +494,10 @@ def same(a, b):
 
 
 def unet(channels, *shapes):
-    """A UNet asked with zeros of these shapes for x and t."""
     return lambda: UNet(channels=channels)(*map(torch.zeros, shapes))
 
 
 def cov(*numbers):
-    """Two-dimensional Gaussian data with such a covariance."""
     return lambda: GaussianEps(D, MEAN, torch.tensor(numbers).reshape(2, 2))
 
 
@@ -978,7 +976,6 @@ def test_two_processes_train_as_one_on_whole_batches(folder):
     one, loss = train.Trainer(two["config"]), OurDDPM.loss
 
     def loss_of_the_two(ddpm, model, x_0, rng):
-        """In the place of that of one batch."""
         halves = []
         for rank in 0, 1:
             rng = train.generator(0, one.step + 1, rank)
@@ -1330,7 +1327,6 @@ def linear_losses(ddpm, mean, cov):
 
 
 def test_linear_losses_are_those_of_the_best_linear_estimates_with_t_and_without():
-    """By least squares over draws, with one matrix for each t and with one for all."""
     d, n = OurDDPM([NAN, 0.1, 0.5, 0.3]), 200_000
     x_0 = MEAN + normal(n, 2) @ torch.linalg.cholesky(COV).T
     t, eps = 1 + torch.arange(n) % 3, normal(n, 2, seed=1)
@@ -1346,7 +1342,6 @@ def test_linear_losses_are_those_of_the_best_linear_estimates_with_t_and_without
 
 
 def rows_of_the_readme():
-    """Those of its tables."""
     yield ["test loss (8)", *(rounded(*row["loss"]) for row in METRICS["losses"].values())]
     for t, row in METRICS["denoising"].items():
         cells = [row[name] for name in figures.STYLES if name in row]
@@ -1400,7 +1395,6 @@ def phrases_of_the_data():
 
 
 def phrases_of_the_runs():
-    """Those that figures.py measured."""
     default, without = the_run(), the_run(time_conditioning=False)
     seeds = np.array([the_run(seed=seed)["loss"][0] for seed in range(3)])
     spread = np.std(seeds, ddof=1)
