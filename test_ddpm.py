@@ -2,10 +2,8 @@
 
 In the order of the sheet; the number in a name is that of the equation. Schedules, shapes, data and
 times are random (Hypothesis), everything is float64 unless float32 is the point. Monte Carlo tests
-have a fixed seed and accept five standard errors. For the theorems alone, or for a DDPM of your own
-in mine.py with the methods of the one in ddpm.py:
-
-    DDPM_MODULE=mine python -m pytest test_ddpm.py -k "test_eq or test_tables or test_posterior"
+have a fixed seed and accept five standard errors. README.md has the command for the theorems alone,
+also of a DDPM of your own: see "Is my own DDPM right?" there.
 """
 import ast
 import copy
