@@ -1426,9 +1426,8 @@ def test_the_readme_shows_the_numbers_of_the_committed_files(request):
     lines, text = README.splitlines(), " ".join(README.split())
     for row in rows_of_the_readme():
         assert any(line.startswith("| " + " | ".join(row) + " |") for line in lines), row
-    for phrases in phrases_of_the_schedule(), phrases_of_the_data(), phrases_of_the_runs():
-        for phrase in phrases:
-            assert phrase in text
+    for phrase in [*phrases_of_the_schedule(), *phrases_of_the_data(), *phrases_of_the_runs()]:
+        assert phrase in text
     collected = request.session.testscollected
     assert collected < 300 or f"`{collected} passed`" in text  # if all tests are run
     assert METRICS["digits"] == 1000 and len(METRICS["runs"]) == 13
