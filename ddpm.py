@@ -43,7 +43,7 @@ class DDPM:
     In every method x is a float tensor of shape (B, ...), not empty; t is an int, or an int64
     tensor of shape (B,), a time for each sample; 1 ≤ t ≤ T; x and ε have one shape, dtype and
     device. `model` is any callable model(x_t, t) -> ε, with t of shape (B,), whose ε has the shape
-    of x_t and no wider dtype. All this is checked; ValueError otherwise.
+    of x_t and no wider dtype. ValueError if a tensor or number does not fit.
     """
 
     def __init__(self, beta):
@@ -56,7 +56,7 @@ class DDPM:
             low, high = self.beta[1:].aminmax()
             raise ValueError(f"β_1..β_T must lie in (0, 1), got {low:.3g} to {high:.3g}")
         self.alpha_bar = torch.cat([self.alpha.new_ones(1), self.alpha[1:]]).cumprod(0)
-        if self.alpha_bar[-1] < 1e-30:  # the squares of x̂_0 would be infinite in float32
+        if self.alpha_bar[-1] < 1e-30:  # the squares of x̂_0, some 1 / ᾱ_T, stay finite in float32
             raise ValueError(f"ᾱ_T is {self.alpha_bar[-1]:.3g}, below 1e-30: take fewer steps")
 
     # 1. Forward process

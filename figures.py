@@ -98,7 +98,7 @@ def draw_forward(image):
             show(cells[t], x[0])
             cells[t].set_title(f"$x_{{{t}}}$", fontsize=20)
             cells[t].set_xlabel(f"$\\sqrt{{\\bar{{\\alpha}}_t}}$ = {signal**0.5:.4f}, "
-                                f"signal : noise = {signal / (1 - signal):,.4g}", fontsize=13)
+                                f"SNR = {signal / (1 - signal):,.4g}", fontsize=13)
     return figure
 
 

@@ -1364,9 +1364,9 @@ def phrases_of_the_schedule():
     yield f"the weight is {weight[2]:.2f} at $t = 2$ and {weight[200]:.3f} at $t = 200$"
     snr = d.alpha_bar / (1 - d.alpha_bar)
     yield f"falls from {(1 + snr[1])**0.5:.0f} at $t=1$ to {(1 + snr[200])**0.5:.2f} at $t=200$"
-    yield f"{snr[3]:,.0f} times as much signal as noise"
-    yield f"{snr[200]:.2f} times as much signal as noise"
-    yield f"equal near $t = {(d.alpha_bar - 0.5).abs().argmin()}$"
+    yield f"$x_3$ (SNR {snr[3]:,.0f})"
+    yield f"$x_{{200}}$ (SNR {snr[200]:.2f})"
+    yield f"It is 1 near $t = {(snr - 1).abs().argmin()}$"
     yield f"$\\bar\\alpha_T = {d.alpha_bar[-1]:.6f}$"
     yield f"which makes it ${(1 - torch.linspace(1e-4, 0.02, 200, dtype=F64)).prod():.6f}$"
     yield f"$\\sqrt{{\\bar\\alpha_T}} = {d.alpha_bar[-1].sqrt():.2f}$"
@@ -1394,10 +1394,11 @@ def phrases_of_the_data():
 def phrases_of_the_runs():
     default, without = the_run(), the_run(time_conditioning=False)
     seeds = np.array([the_run(seed=seed)["loss"][0] for seed in range(3)])
-    spread = np.std(seeds, ddof=1)
+    spread = np.std([the_run(seed=seed, steps=600)["loss"][0] for seed in range(3)], ddof=1)
     yield "test loss (8): {:.4f} +- {:.4f} over 10000 test digits".format(*default["loss"])
     yield "{:.4f}, {:.4f} and {:.4f}".format(*seeds)
-    yield f"mean {seeds.mean():.5f}, standard deviation {spread:.5f}"
+    yield f"mean {seeds.mean():.5f}, standard deviation {np.std(seeds, ddof=1):.5f}"
+    yield f"For runs of 600 steps the standard deviation is {spread:.5f}"
     yield f"{rounded(*default['loss'])} with and {rounded(*without['loss'])} without"
     yield f"{without['loss'][0] / default['loss'][0] - 1:.1%} worse"
     yield f"{(without['loss'][0] - seeds.mean()) / spread:.0f} times the spread"
