@@ -1363,7 +1363,6 @@ def phrases_of_the_schedule():
     weight = d.beta / (2 * d.alpha * (1 - d.alpha_bar))
     yield f"the weight is {weight[2]:.2f} at $t = 2$ and {weight[200]:.3f} at $t = 200$"
     snr = d.alpha_bar / (1 - d.alpha_bar)
-    yield f"falls from {(1 + snr[1])**0.5:.0f} at $t=1$ to {(1 + snr[200])**0.5:.2f} at $t=200$"
     yield f"$x_3$ (SNR {snr[3]:,.0f})"
     yield f"$x_{{200}}$ (SNR {snr[200]:.2f})"
     yield f"It is 1 near $t = {(snr - 1).abs().argmin()}$"
@@ -1396,9 +1395,8 @@ def phrases_of_the_runs():
     seeds = np.array([the_run(seed=seed)["loss"][0] for seed in range(3)])
     spread = np.std([the_run(seed=seed, steps=600)["loss"][0] for seed in range(3)], ddof=1)
     yield "test loss (8): {:.4f} +- {:.4f} over 10000 test digits".format(*default["loss"])
-    yield "{:.4f}, {:.4f} and {:.4f}".format(*seeds)
-    yield f"mean {seeds.mean():.5f}, standard deviation {np.std(seeds, ddof=1):.5f}"
-    yield f"For runs of 600 steps the standard deviation is {spread:.5f}"
+    yield f"mean {seeds.mean():.5f} and the standard deviation {np.std(seeds, ddof=1):.5f}"
+    yield f", or {spread:.5f} at 600 steps"
     yield f"{rounded(*default['loss'])} with and {rounded(*without['loss'])} without"
     yield f"{without['loss'][0] / default['loss'][0] - 1:.1%} worse"
     yield f"{(without['loss'][0] - seeds.mean()) / spread:.0f} times the spread"
