@@ -7,12 +7,7 @@ import torch
 
 
 def linear_beta(T=200, beta_0=1e-4, beta_T=0.02):
-    """β_0..β_T on a straight line (sheet, 3): β_t = β_0 + (β_T - β_0) t/T.
-
-    Returns T+1 float64 values; the steps use β_1..β_T. Raises ValueError if T < 1.
-    """
-    if T < 1:
-        raise ValueError(f"T must be at least 1, got {T}")
+    """T+1 float64 numbers on a straight line (sheet, 3): β_t = β_0 + (β_T - β_0) t/T."""
     return torch.linspace(beta_0, beta_T, T + 1, dtype=torch.float64)
 
 
@@ -23,8 +18,7 @@ def per_sample(coefficient, x):
 
 
 def describe(x):
-    is_tensor = torch.is_tensor(x)
-    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if is_tensor else type(x).__name__
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if torch.is_tensor(x) else type(x).__name__
 
 
 def randn_like(x, generator=None):
@@ -40,10 +34,9 @@ class DDPM:
     T: the number of steps; beta, alpha, alpha_bar: float64 tables of T+1 entries indexed by t,
         with α_t = 1 - β_t, ᾱ_t = ∏_{1 ≤ s ≤ t} α_s, and ᾱ_0 = 1 since x_0 is the data itself.
 
-    In every method x is a float tensor of shape (B, ...), not empty; t is an int, or an int64
-    tensor of shape (B,), a time for each sample; 1 ≤ t ≤ T; x and ε have one shape, dtype and
-    device. `model` is any callable model(x_t, t) -> ε, with t of shape (B,), whose ε has the shape
-    of x_t and no wider dtype. ValueError if a tensor or number does not fit.
+    In every method x is a float tensor (B, ...), not empty; x and ε have one shape, dtype, device;
+    1 ≤ t ≤ T is an int, or an int64 tensor (B,), a time for each sample. `model` is any callable
+    model(x_t, t) -> ε, with t of shape (B,) and ε of that of x_t. ValueError if something differs.
     """
 
     def __init__(self, beta):
@@ -65,15 +58,13 @@ class DDPM:
         """x_t from x_{t-1}, eq. (1): √(1-β_t) x_{t-1} + √β_t ε."""
         t = self.check(t, x_prev, eps)
         beta = self.beta[t]
-        return (per_sample((1 - beta).sqrt(), x_prev) * x_prev
-                + per_sample(beta.sqrt(), x_prev) * eps)
+        return per_sample((1 - beta).sqrt(), x_prev) * x_prev + per_sample(beta.sqrt(), eps) * eps
 
     def q_sample(self, x_0, t, eps):
         """x_t straight from x_0, eq. (5): √ᾱ_t x_0 + √(1-ᾱ_t) ε."""
         t = self.check(t, x_0, eps)
-        alpha_bar = self.alpha_bar[t]
-        return (per_sample(alpha_bar.sqrt(), x_0) * x_0
-                + per_sample((1 - alpha_bar).sqrt(), x_0) * eps)
+        signal, noise = self.alpha_bar[t].sqrt(), (1 - self.alpha_bar[t]).sqrt()
+        return per_sample(signal, x_0) * x_0 + per_sample(noise, eps) * eps
 
     # 2. Reverse process
 
@@ -112,7 +103,7 @@ class DDPM:
         return (x_t - noise) / per_sample(alpha.sqrt(), x_t)
 
     @torch.no_grad()
-    def p_sample(self, model, x_t, t, variance="beta", generator=None):
+    def p_sample(self, model, x_t, t, *, variance="beta", generator=None):
         """x_{t-1} from x_t, eq. (2) with the mean (7): μ_θ(x_t) + σ_t ε, and no noise at t = 1.
 
         variance: "beta" for σ_t² = β_t, as in the sheet, exact for x_0 ~ N(0, I); "posterior" for
@@ -123,28 +114,23 @@ class DDPM:
             raise ValueError(f'variance must be "beta" or "posterior", got {variance!r}')
         sigma2 = self.beta[t] if variance == "beta" else self.posterior_variance(t)
         sigma = sigma2.sqrt() * (t > 1)
-        mean = self.mean_from_eps(x_t, self._eps(model, x_t, t), t)
+        mean = self.mean_from_eps(x_t, self.predict_eps(model, x_t, t), t)
         return mean + per_sample(sigma, x_t) * randn_like(x_t, generator)
 
-    def p_sample_loop(self, model, x_t, t=None, variance="beta", generator=None):
+    def p_sample_loop(self, model, x_t, t=None, *, variance="beta", generator=None):
         """The reverse process from x_t down to x_0, eq. (2) for t, t-1, ..., 1.
 
-        t: the time of x_t, an int, T if None. Returns a generator that yields (s, x_s) for
-        s = t-1, ..., 0; the last one is x_0. Arguments as in p_sample.
+        Yields (s, x_s) for s = t-1, ..., 0. t: the time of x_t, an int, T if None. See p_sample.
         """
-        t = self.check(self.T if t is None else t, x_t)
-        if (t != t[0]).any():
-            raise ValueError(f"all samples must start at one t, got {t.min()} to {t.max()}")
-
-        def path(x):
-            for s in range(t[0], 0, -1):
-                x = self.p_sample(model, x, s, variance, generator)
-                yield s - 1, x.clone()
-        return path(x_t.clone())
+        t = self.T if t is None else t
+        self.check(t, x_t)
+        for s in range(t, 0, -1):
+            x_t = self.p_sample(model, x_t, s, variance=variance, generator=generator)
+            yield s - 1, x_t.clone()
 
     # 5. Loss
 
-    def loss(self, model, x_0, generator=None):
+    def loss(self, model, x_0, *, generator=None):
         """‖ε - ε_θ(x_t(x_0, ε), t)‖², eq. (8), as a mean over every element: differentiate it.
 
         Each sample has its own t, uniform on {1, ..., T}, and its own ε ~ N(0, I).
@@ -154,19 +140,25 @@ class DDPM:
         t = self.check(t, x_0)
         eps = randn_like(x_0, generator)
         x_t = self.q_sample(x_0, t, eps)
-        return (eps - self._eps(model, x_t, t)).square().mean()
+        return (eps - self.predict_eps(model, x_t, t)).square().mean()
+
+    def predict_eps(self, model, x_t, t):
+        """ε_θ(x_t, t) of (7) and (8), on copies. In a subclass, the model may predict x_0."""
+        t = self.check(t, x_t)
+        eps = model(x_t.clone(), t.to(x_t.device, copy=True))
+        if not torch.is_tensor(eps) or eps.shape != x_t.shape:  # it would broadcast silently
+            raise ValueError(f"model must return {describe(x_t)}, got {describe(eps)}")
+        return eps.to(x_t.dtype)
 
     # Checks of arguments
 
-    def check(self, t, x=None, other=None, size=None):
+    def check(self, t, x=None, other=None):
         """t on the CPU, one for each sample of x; ValueError if t or the tensors do not fit."""
         is_float = torch.is_tensor(x) and x.is_floating_point()
         if x is not None and not (is_float and x.dim() and x.numel()):
             raise ValueError(f"x must be a float tensor (B, ...), not empty, got {describe(x)}")
         if other is not None and describe(x) != describe(other):
             raise ValueError(f"both tensors must be {describe(x)}, got {describe(other)}")
-        if size is not None and x[0].numel() != size:
-            raise ValueError(f"each sample must be {size} numbers, got {describe(x)}")
         t = torch.as_tensor(t, device="cpu")
         if t.dtype != torch.int64 or t.dim() > 1:
             raise ValueError(f"t must be an int or an int64 tensor (B,), got {describe(t)}")
@@ -177,14 +169,6 @@ class DDPM:
             raise ValueError(f"t must be in 1..{self.T}, got {t[outside][0]}")
         return t if x is None else t.expand(len(x))
 
-    def _eps(self, model, x_t, t):
-        """ε_θ(x_t, t), on copies; an ε of another shape would broadcast silently."""
-        eps = model(x_t.clone(), t.to(x_t.device, copy=True))
-        fits = torch.is_tensor(eps) and eps.shape == x_t.shape
-        if not fits or torch.promote_types(eps.dtype, x_t.dtype) != x_t.dtype:
-            raise ValueError(f"model must return {describe(x_t)}, got {describe(eps)}")
-        return eps.to(x_t.dtype)
-
 
 class GaussianEps:
     """The minimiser of (8) for x_0 ~ N(m, C); for other data of this m and C, the best linear one.
@@ -193,29 +177,32 @@ class GaussianEps:
         Its covariance with ε is √(1-ᾱ) I, hence E[ε | x_t] = √(1-ᾱ) S⁻¹ (x_t - √ᾱ m).
         With C = U diag(λ) Uᵀ, found once, S⁻¹ = U diag(1 / (ᾱ λ + 1-ᾱ)) Uᵀ for every t.
 
-    mean: D numbers, of any shape; cov: (D, D), symmetric, positive semidefinite; both on the device
-    of x_t, which has D numbers a sample. ValueError if they do not fit. Called like a network.
+    mean: D finite numbers, of any shape; cov: (D, D), symmetric, positive semidefinite; both on the
+    device of x_t, which has D numbers a sample. ValueError if they do not fit. Called like a model.
     """
 
     def __init__(self, ddpm, mean, cov):
-        D = mean.numel()
-        if cov.shape != (D, D) or not cov.isfinite().all() or not cov.allclose(cov.T):
-            raise ValueError(f"cov must be {D} x {D}, symmetric, finite, got {describe(cov)}")
-        self.ddpm, self.mean = ddpm, mean.double().flatten().clone()
-        eigenvalues, self.eigenvectors = torch.linalg.eigh(cov.double())
-        if eigenvalues[0] < -1e-4 * eigenvalues[-1]:  # more than rounding in float32
+        self.ddpm = ddpm
+        self.mean = torch.as_tensor(mean, dtype=torch.float64).flatten().clone()
+        cov = torch.as_tensor(cov, dtype=torch.float64)
+        D, rounding = len(self.mean), 1e-4 * cov.abs().max()  # of a covariance in float32
+        finite = self.mean.isfinite().all() and cov.isfinite().all()
+        if not finite or cov.shape != (D, D) or (cov - cov.T).abs().max() > rounding:
+            raise ValueError(f"mean and cov must be finite, cov {D} x {D} and symmetric")
+        eigenvalues, self.eigenvectors = torch.linalg.eigh((cov + cov.T) / 2)
+        if eigenvalues[0] < -rounding:
             raise ValueError(f"cov must have no negative eigenvalue, got {eigenvalues[0]:.3g}")
         self.eigenvalues = eigenvalues.clamp(min=0)
 
     @classmethod
     def fit(cls, ddpm, x):
         """With the mean and covariance of data x, (N, ...): the best linear denoiser of it."""
-        x = x.reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32))
+        x = torch.as_tensor(x, dtype=torch.float32).reshape(len(x), -1)
         return cls(ddpm, x.mean(0), torch.atleast_2d(x.T.cov(correction=0)))
 
     def __call__(self, x_t, t):
-        t = self.ddpm.check(t, x_t, size=len(self.mean))
-        x = x_t.reshape(len(x_t), -1).double()
+        t = self.ddpm.check(t, x_t)
+        x = x_t.reshape(len(x_t), len(self.mean)).double()
         alpha_bar = per_sample(self.ddpm.alpha_bar[t], x)
         x = (x - alpha_bar.sqrt() * self.mean) @ self.eigenvectors
         x = (1 - alpha_bar).sqrt() * x / (alpha_bar * self.eigenvalues + 1 - alpha_bar)
@@ -230,19 +217,20 @@ class EmpiricalEps:
         ‖x_t‖² is common to all i and drops out of the softmax.
 
     points: (N, ...), N ≥ 1, on the device of x_t; the arithmetic is in their dtype, or in float32
-    if that is wider. ValueError if there is none, or samples of x_t have another size.
+    if that is wider. ValueError if there is none, or one is not finite. Called like a model.
     """
 
     def __init__(self, ddpm, points):
-        if not points.numel():
-            raise ValueError(f"points must be one or more, got {describe(points)}")
+        points = torch.as_tensor(points)
+        if not points.numel() or not points.isfinite().all():
+            raise ValueError(f"points must be one or more, finite, got {describe(points)}")
         dtype = torch.promote_types(points.dtype, torch.float32)
         self.ddpm, self.points = ddpm, points.reshape(len(points), -1).to(dtype, copy=True)
         self.half_norms = self.points.square().sum(1) / 2
 
     def __call__(self, x_t, t):
-        t = self.ddpm.check(t, x_t, size=self.points.shape[1])
-        x = x_t.reshape(len(x_t), -1).to(self.points.dtype)
+        t = self.ddpm.check(t, x_t)
+        x = x_t.reshape(len(x_t), self.points.shape[1]).to(self.points.dtype)
         alpha_bar = self.ddpm.alpha_bar[t]
         signal, noise = per_sample(alpha_bar.sqrt(), x), per_sample((1 - alpha_bar).sqrt(), x)
         exponents = (signal * x @ self.points.T - signal**2 * self.half_norms) / noise**2

@@ -2,18 +2,21 @@
 
     python train.py                train from the start
     python train.py --resume       continue the run in out/
-    torchrun --standalone --nproc_per_node=2 train.py      the same training with two processes
+    torchrun --standalone --nproc_per_node=2 train.py      two processes, each with half the batch
 """
 import argparse
+import atexit
+import copy
 import gzip
-import io
 import os
 import sys
 import time
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -22,48 +25,38 @@ from torch import distributed
 from ddpm import DDPM, linear_beta
 from unet import ResidualBlock, UNet
 
-SAVE_EVERY = 100  # steps, about 15 s: the most that Ctrl-C or a crash can lose
+MNIST = Path(__file__).parent / "mnist"
+SAVE_EVERY = 100  # steps, about 10 s: the most that Ctrl-C or a crash can lose
 
 
 class InputError(ValueError):
     """An error that the user can fix. Its message is one sentence."""
 
 
-# Config
-
-def setting(default, meaning, expected, fits):
-    """A field of Config: its default, a line of help, the allowed values and their check."""
-    return field(default=default, metadata={"help": meaning, "expected": expected, "fits": fits})
-
-
-def number(default, low, high, meaning):
-    """A field of Config that is a number from low to high."""
-    return setting(default, meaning, f"from {low} to {high} ({type(default).__name__})",
-                   lambda value: low <= value <= high)
-
-
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run. The command line is made from them, and a checkpoint holds them."""
+    """The settings of a run. Each is a flag of the command line, and a checkpoint holds them."""
 
-    steps: int = number(2000, 1, 10**8, "gradient steps")
-    batch_size: int = number(32, 1, 10**5, "pictures in a step, in all processes together")
-    lr: float = number(1e-2, 1e-8, 1.0, "highest learning rate")
-    timesteps: int = number(200, 1, 5000, "T, the steps of the forward process")
-    channels: tuple = setting(
-        (16, 32, 64), "widths of the UNet, full resolution first", "multiples of 4 to 4096 (tuple)",
-        lambda widths: widths and all(width in range(4, 4097, 4) for width in widths))
-    time_conditioning: bool = setting(True, "give the network the time", "a bool", lambda _: True)
-    optimizer: str = setting("muon", "for the 3x3 kernels; Adam trains the rest", "muon or adam",
-                             lambda name: name in ("muon", "adam"))
-    seed: int = number(0, 0, 2**32 - 1, "seed of all random numbers")
+    steps: Annotated[int, "gradient steps"] = 2000
+    batch_size: Annotated[int, "pictures in a step, in all processes together"] = 32
+    lr: Annotated[float, "highest learning rate"] = 1e-2
+    timesteps: Annotated[int, "T, the steps of the forward process"] = 200
+    channels: Annotated[tuple, "widths of the UNet, full resolution first"] = (16, 32, 64)
+    time_conditioning: Annotated[bool, "give the network the time"] = True
+    optimizer: Annotated[str, "of the 3x3 kernels, muon or adam; Adam trains the rest"] = "muon"
+    seed: Annotated[int, "seed of all random numbers"] = 0
 
     def __post_init__(self):
-        """Raise InputError if a value has the wrong type or is out of range, as NaN is."""
-        for row in fields(self):
-            value, flag = getattr(self, row.name), "--" + row.name.replace("_", "-")
-            if type(value) is not row.type or not row.metadata["fits"](value):
-                raise InputError(f"{flag} must be {row.metadata['expected']}, got {value!r}")
+        """Raise InputError if a value is out of range, as NaN is."""
+        for name, low, high in (("steps", 1, 10**8), ("batch_size", 1, 10**5), ("lr", 1e-8, 1),
+                                ("timesteps", 1, 5000), ("seed", 0, 2**32 - 1)):
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+        if not self.channels or any(width not in range(4, 4097, 4) for width in self.channels):
+            raise InputError(f"channels must be multiples of 4 up to 4096, got {self.channels}")
+        if self.optimizer not in ("muon", "adam"):
+            raise InputError(f"optimizer must be muon or adam, got {self.optimizer}")
+        object.__setattr__(self, "channels", tuple(self.channels))  # a list is welcome
 
 
 # Data
@@ -77,22 +70,20 @@ def read_idx(path, dims):
             raise ValueError(f"not of bytes in {dims} dimensions")
         return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dims).reshape(shape)
     except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is not an IDX file ({error}): "
+        raise InputError(f"{path} is not an IDX file of grey pictures or labels ({error}): "
                          "--data needs four files like MNIST's") from error
 
 
 def load_mnist(folder):
-    """Training images (N, 1, H, W) uint8, training labels (N,), test images, test labels."""
-    data = []
-    for split in "train", "t10k":
-        images = read_idx(Path(folder, f"{split}-images-idx3-ubyte.gz"), 3)[:, None]
-        labels = read_idx(Path(folder, f"{split}-labels-idx1-ubyte.gz"), 1).long()
-        data += [images, labels]
-        if len(images) != len(labels) or images.shape[1:] != data[0].shape[1:]:
-            raise InputError(f"{folder} needs one label for each image, and images of one size")
-    if len(data[2]) < 2:
-        raise InputError(f"{folder} needs two test images or more, to give a standard error")
-    return data
+    """Training images (N, 1, H, W) uint8, their labels (N,), test images, their labels."""
+    names = "train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"
+    images, labels, test_images, test_labels = (
+        read_idx(Path(folder, f"{name}-ubyte.gz"), int(name[-1])) for name in names)
+    sizes = (len(images), len(test_images), images.shape[1:])
+    if sizes != (len(labels), len(test_labels), test_images.shape[1:]) or len(test_images) < 2:
+        raise InputError(f"{folder} needs one label for each image, images of one size, and two "
+                         "test images or more")
+    return images[:, None], labels.long(), test_images[:, None], test_labels.long()
 
 
 def to_pixels(images):
@@ -100,27 +91,27 @@ def to_pixels(images):
     return images / 127.5 - 1
 
 
-def generator(*key):
-    """Random numbers that depend on the key alone; keys of different length differ too."""
-    seed = np.random.SeedSequence([len(key), *key]).generate_state(1, np.uint64)
+def make_rng(stream, *key):
+    """Random numbers of one use, which depend on the key alone."""
+    number = ("figures", "test", "classifier", "train").index(stream)
+    seed = np.random.SeedSequence([number, *key]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed[0]))
 
 
 # Optimisers
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the momentum, approximately orthogonalised (Jordan et al. 2024)."""
+    """Steps along the momentum, approximately orthogonalised (Jordan et al. 2024).
 
-    def __init__(self, kernels, lr):
-        super().__init__(kernels, {"lr": lr})
-        for kernel in kernels:
-            self.state[kernel]["momentum_buffer"] = torch.zeros_like(kernel)
+    torch.optim.Muon takes matrices only, and rounds to bfloat16, which a CPU with AVX2 emulates.
+    """
 
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
         for kernel in group["params"]:
-            momentum = self.state[kernel]["momentum_buffer"].lerp_(kernel.grad, 0.1)
+            momentum = self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
+            momentum.lerp_(kernel.grad, 0.1)
             nesterov = kernel.grad.lerp(momentum, 0.9)
             update = newton_schulz(nesterov.flatten(1))  # the matrix (out, in x 3 x 3)
             size = 0.2 * max(update.shape) ** 0.5  # as large as a step of Adam (Liu et al. 2025)
@@ -137,14 +128,13 @@ def newton_schulz(matrix):
 
 
 def new_optimizers(model, config):
-    """Muon for the 3x3 kernels of the residual blocks, Adam for the rest; or Adam for all."""
-    if config.optimizer == "adam":
-        return [torch.optim.Adam(model.parameters(), config.lr, fused=True)]
+    """Muon for the 3x3 kernels of our residual blocks, Adam for the rest; or Adam for all."""
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     kernels = [conv.weight for block in blocks for conv in (block.conv1, block.conv2)]
-    in_blocks = set(kernels)
-    rest = [parameter for parameter in model.parameters() if parameter not in in_blocks]
-    return [Muon(kernels, config.lr), torch.optim.Adam(rest, config.lr, fused=True)]
+    if config.optimizer == "adam" or not kernels:
+        return [torch.optim.Adam(model.parameters(), config.lr, fused=True)]
+    rest = [each for each in model.parameters() if all(each is not kernel for kernel in kernels)]
+    return [Muon(kernels, {"lr": config.lr}), torch.optim.Adam(rest, config.lr, fused=True)]
 
 
 def learning_rate(config, step):
@@ -156,115 +146,104 @@ def learning_rate(config, step):
 
 # Training
 
-def new_model(config):
-    """The UNet of a run before its first step. The caller's random state is unchanged."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        return UNet(channels=config.channels, time_conditioning=config.time_conditioning)
-
-
 class Trainer:
-    """What a training step changes and a checkpoint saves: model, optimisers, losses so far."""
+    """What a training step changes and a checkpoint saves: model, optimisers, losses so far.
 
-    def __init__(self, config, device="cpu", rank=0, world=1):
-        self.config, self.device = config, device
-        self.rank, self.world = rank, world  # this process, and how many share each batch
-        self.ddpm = DDPM(linear_beta(config.timesteps))
-        self.model = new_model(config).to(device, memory_format=torch.channels_last)  # faster
+    model: any nn.Module model(x_t, t), by default the UNet of the config. ddpm: the process, by
+    default that of linear_beta. rank: of this process, one of `world` that share each batch.
+    """
+
+    def __init__(self, config, model=None, ddpm=None, device="cpu", rank=0, world=1):
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.ddpm = DDPM(linear_beta(config.timesteps)) if ddpm is None else ddpm
+        if model is None:
+            with torch.random.fork_rng(devices=[]):  # leaves the random state of the caller alone
+                torch.default_generator.manual_seed(config.seed)
+                model = UNet(channels=config.channels, time_conditioning=config.time_conditioning)
+        self.model = model.to(device, memory_format=torch.channels_last)  # faster
         self.optimizers = new_optimizers(self.model, config)
         self.losses = []
 
-    @property
-    def step(self):
-        return len(self.losses)
-
     def train_step(self, images):
-        """A step on a random batch of images, (N, 1, H, W) uint8 (Ho et al. 2020, Algorithm 1)."""
-        step, batch_size = self.step + 1, self.config.batch_size // self.world
-        rng = generator(self.config.seed, step, self.rank)  # a resumed run draws the same
-        index = torch.randint(len(images), (batch_size,), generator=rng)
+        """One step on a random batch of uint8 images (N, C, H, W) (Ho et al. 2020, Algorithm 1)."""
+        step, size = len(self.losses) + 1, self.config.batch_size // self.world
+        rng = make_rng("train", self.config.seed, step, self.rank)  # a resumed run draws the same
+        index = torch.randint(len(images), (size,), generator=rng)
 
         x_0 = to_pixels(images[index]).to(self.device)
-        loss = self.ddpm.loss(self.model, x_0, rng)
+        loss = self.ddpm.loss(self.model, x_0, generator=rng)
         self.model.zero_grad()
         loss.backward()
-        self.losses.append(self.average(loss.detach()))
+        self.average_over_processes(loss)
+        self.check_finite(loss, step)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(self.config, step)
             optimizer.step()
+        self.losses.append(loss.item())
 
-    def average(self, loss):
-        """Average the gradients and the loss over the processes; InputError if not finite."""
+    @torch.no_grad()
+    def average_over_processes(self, loss):
+        """The loss and all gradients, in one message: a step is 1.6 times as fast."""
         if self.world > 1:
             tensors = [loss, *(parameter.grad for parameter in self.model.parameters())]
-            sizes = [tensor.numel() for tensor in tensors]
             mean = torch.cat([tensor.flatten() for tensor in tensors]) / self.world
-            distributed.all_reduce(mean)  # all in one message: a step is 1.6 times as fast
-            for tensor, part in zip(tensors, mean.split(sizes), strict=True):
+            distributed.all_reduce(mean)
+            for tensor, part in zip(tensors, mean.split([each.numel() for each in tensors])):
                 tensor.copy_(part.view_as(tensor))
+
+    def check_finite(self, loss, step):
         if not loss.isfinite():
-            raise InputError(f"the loss is not finite at step {self.step + 1}: try a smaller --lr")
-        return loss.item()
+            raise InputError(f"the loss is not finite at step {step}: try a smaller --lr")
 
     def state_dict(self):
-        return {"config": asdict(self.config), "losses": self.losses,
+        return {"config": asdict(self.config), "beta": self.ddpm.beta, "losses": self.losses,
                 "model": self.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state):
-        self.losses = list(state["losses"])
+        self.ddpm = type(self.ddpm)(state["beta"])
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        self.losses = list(state["losses"])
 
 
 # Evaluation
 
-def say(text, end="\n"):
-    """Print and flush. A run continues when the pipe is closed, as by `| head -3`."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError:
-        sys.stdout = None
-
-
 def progress(items, task, total, start=0, losses=()):
-    """The items, with a live line: how many are done, how fast, how long the rest will take."""
-    in_place = sys.stdout is not None and sys.stdout.isatty()  # or a line in a file, less often
+    """The items; a line every five seconds says how fast it goes and how long it will take."""
     began = last = time.perf_counter()
     for done, item in enumerate(items, start + 1):
         yield item
         now, left = time.perf_counter(), total - done
-        if now > last + (0.5 if in_place else 5) or left == 0:
+        if now > last + 5 or left == 0:
             last, speed = now, (done - start) / (now - began)
             loss = f", loss {np.mean(losses[-20:]):.4f}" if losses else ""
-            line = f"{task} {done}/{total}, {speed:.4g}/s, {left / speed:.0f} s left{loss}"
-            say(f"{line:79.79}", end="\r" if in_place and left else "\n")
-
-
-def batched(function, *tensors, task=None):
-    """function(*tensors), a hundred samples at a time, as one tensor; a task shows progress."""
-    chunks = list(zip(*(tensor.split(100) for tensor in tensors), strict=True))
-    if task:
-        chunks = progress(chunks, task, len(chunks))
-    return torch.cat([function(*chunk) for chunk in chunks])
-
-
-def even_times(n, T):
-    """n times spread evenly over 1..T: 1, 2, ..., T repeated, the remainder in equal strides."""
-    left = n % T
-    strides = ((torch.arange(left) + 0.5) * T / left).long()
-    return 1 + torch.cat([torch.arange(n - left) % T, strides])
+            print(f"{task} {done}/{total}, {speed:.4g}/s, {left / speed:.0f} s left{loss}",
+                  flush=True)
 
 
 @torch.no_grad()
 def evaluate(model, ddpm, x_0):
-    """The loss (8) of each picture of x_0, (N,), at even_times, with fixed noise."""
-    def loss(x, t, eps):
-        return (eps - model(ddpm.q_sample(x, t, eps), t)).square().flatten(1).mean(1)
+    """The loss (8) of each picture of x_0, (N, C, H, W) in [-1, 1], in their order, and its t.
 
-    eps = torch.randn(x_0.shape, generator=generator(0))
-    return batched(loss, x_0, even_times(len(x_0), ddpm.T), eps, task="test loss: batch")
+    Returns losses and times, (N,), on the CPU. The times are spread evenly over 1..T; times and
+    noise are the same in every call. A module is evaluated in eval mode, on its own device.
+    """
+    rng = make_rng("test")
+    eps = torch.randn(x_0.shape, generator=rng)
+    times = 1 + torch.arange(len(x_0)) * ddpm.T // len(x_0)
+    times = times[torch.randperm(len(x_0), generator=rng)]
+    device, is_module = "cpu", isinstance(model, torch.nn.Module)
+    if is_module:
+        device = next(model.parameters()).device
+        model = copy.deepcopy(model).eval()  # so that the caller's keeps its mode
+    losses = []
+    for x, t, noise in zip(x_0.split(100), times.split(100), eps.split(100)):
+        x, noise = x.to(device), noise.to(device)
+        error = noise - ddpm.predict_eps(model, ddpm.q_sample(x, t, noise), t)
+        losses.append(error.square().flatten(1).mean(1).cpu())
+    return torch.cat(losses), times
 
 
 def mean_and_sem(values):
@@ -272,164 +251,130 @@ def mean_and_sem(values):
     return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 
-# Checkpoints
+# Files
 
-def write_file(path, content):
-    """Write to a temporary file, then rename: path is the old file or the new one, complete."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
+def write_file(path, write):
+    """Let write(file) write beside path, then rename: path is the old file or the new, complete."""
+    beside = path.with_stem(f"{path.stem}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    except OSError as error:
+        write(beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
         raise InputError(f"{path} can't be written and is unchanged ({error})") from error
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, checksum=None):
-    """A saved run: the state_dict of a Trainer, its "config" a Config, with "network" and "ddpm".
+def read_checkpoint(path, checksum=None, **options):
+    """The Trainer of a saved run, with its model and ddpm; the options are those of Trainer.
 
-    Nothing in the file is executed. InputError if it is damaged, of another UNet or other digits.
+    Nothing in the file is executed. InputError if it is damaged, of another model or other digits.
     """
     if not os.path.exists(path):
         raise InputError(f"{path} is not there: run python train.py first, or name another")
-    refused = InputError(f"{path} is damaged or not a checkpoint of this train.py and unet.py: "
-                         "name another, or train")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # compares the checksums, as torch.load does not
+            if archive.testzip():  # compares the checksums, as torch.load does not
+                raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = Config(**state["config"]), state["model"]
-        shapes = {name: weight.shape for name, weight in weights.items()}
-        finite = all(weight.isfinite().all() for weight in weights.values())
-        state["losses"], state["optimizers"], state["data"]  # a KeyError if one is not there
+        config, _ = Config(**state["config"]), DDPM(state["beta"])
+        if not all(weight.isfinite().all() for weight in state["model"].values()):
+            raise ValueError("a weight is not finite")
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
-        raise refused from error
-    network, ddpm = new_model(config).eval(), DDPM(linear_beta(config.timesteps))
-    fits = shapes == {name: weight.shape for name, weight in network.state_dict().items()}
-    if damaged or not finite or not fits:
-        raise refused
-    if checksum not in (None, state["data"]):
+        raise InputError(f"{path} is damaged or not a checkpoint of this train.py: name another, "
+                         "or train") from error
+    if checksum is not None and state.get("data") != checksum:
         raise InputError(f"{path} was trained on other digits: name their folder with --data")
-    network.load_state_dict(weights)
-    return state | {"config": config, "network": network, "ddpm": ddpm}
+    trainer = Trainer(config, **options)
+    try:
+        trainer.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path} is not of the UNet of unet.py: read it with torch.load, and give "
+                         "it to load_state_dict of a Trainer with your own model") from error
+    return trainer
 
 
 # Command line
 
-def new_parser(description, out):
-    """A parser of the flags that train.py and figures.py share."""
-    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "mnist",
-                        metavar="DIR", help="four files like those of MNIST (default: mnist/)")
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR",
-                        help="output folder (default: %(default)s)")
-    return parser
-
-
 def parse_flags():
     """The flags, and a dict of the settings of Config that are among them."""
-    parser = new_parser("Train a UNet to predict the noise in digits.", "out")
+    parser = argparse.ArgumentParser(description="Train a UNet to predict the noise in digits.")
+    settings = get_type_hints(Config, include_extras=True)
     options = {bool: {"action": argparse.BooleanOptionalAction},
                tuple: {"type": int, "nargs": "+", "metavar": "N"}}
-    for row in fields(Config):
-        parser.add_argument("--" + row.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            **options.get(row.type, {"type": row.type, "metavar": "VALUE"}),
-                            help=f"{row.metadata['help']} (default: {row.default})")
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: cuda, else cpu")
+    for name, annotation in settings.items():
+        kind, meaning = get_args(annotation)
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                            **options.get(kind, {"type": kind, "metavar": "VALUE"}),
+                            help=f"{meaning} (default: {getattr(Config, name)})")
+    parser.add_argument("--data", type=Path, default=MNIST, metavar="DIR",
+                        help="four files like those of MNIST (default: mnist/)")
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
+                        help="output folder (default: %(default)s)")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0])
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--resume", action="store_true", help="continue the run in --out")
-    action.add_argument("--overwrite", action="store_true",
-                        help="start a new run; its first save keeps the old one as previous.pt")
+    action.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     flags = parser.parse_args()
-    given = [row for row in fields(Config) if row.name in flags]
-    return flags, {row.name: row.type(getattr(flags, row.name)) for row in given}
-
-
-def pick_device(name=None):
-    """The torch.device called name, or cuda if it is there, or cpu; a GPU for each process."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
-    try:
-        return torch.zeros(1, device=name).device
-    except (AssertionError, RuntimeError) as error:  # raised without CUDA
-        raise InputError(f"no {name} on this machine or in this torch: try --device cpu") from error
+    given = {name: value for name, value in vars(flags).items() if name in settings}
+    if flags.resume and given:
+        parser.error("--resume keeps the settings of the run: leave out the others")
+    return flags, given
 
 
 def main():
-    """Train, save the run every SAVE_EVERY steps, and measure the network on the test digits."""
+    """Train, save the run every SAVE_EVERY steps, and measure the model on the test digits."""
     flags, given = parse_flags()
-    config, device, path = Config(**given), pick_device(flags.device), flags.out / "model.pt"
-    rank = int(os.environ.get("RANK") or 0)  # set by torchrun, as is WORLD_SIZE
-    world = int(os.environ.get("WORLD_SIZE") or 1)
+    path, replaceable = flags.out / "model.pt", flags.resume or flags.overwrite
+    taken = InputError(f"{path} holds a run: --resume it, --overwrite it, or choose another --out")
+    if path.exists() and not replaceable:
+        raise taken
+    rank, world = 0, 1
+    if distributed.is_available() and distributed.is_torchelastic_launched():
+        distributed.init_process_group()
+        atexit.register(distributed.destroy_process_group)  # its threads must not outlive Python
+        rank, world = distributed.get_rank(), distributed.get_world_size()
     images, _, test_images, _ = load_mnist(flags.data)
     checksum = zlib.crc32(images.numpy())
+    shared = {"device": flags.device, "rank": rank, "world": world}
     if flags.resume:
-        saved = read_checkpoint(path, checksum)
-        config = saved["config"]
-        if replace(config, **given) != config:
-            raise InputError("--resume keeps the settings that the run started with: leave out "
-                             "other settings, or choose another --out")
-    elif path.exists() and not flags.overwrite:
-        raise InputError(f"{path} holds a run: add --resume to continue it, --overwrite to start "
-                         "a new one, or choose another --out")
+        trainer = read_checkpoint(path, checksum, **shared)
+    else:
+        trainer = Trainer(Config(**given), **shared)
+    config = trainer.config
     halvings, sides = len(config.channels) - 1, tuple(images.shape[2:])
     if any(side % 2**halvings for side in sides):
         raise InputError(f"--channels: {sides} can't be halved {halvings} times, give fewer")
     if config.batch_size % world:
-        raise InputError(f"--batch-size must be a multiple of the {world} processes")
-    flags.out.mkdir(parents=True, exist_ok=True)
+        raise InputError(f"{world} processes can't share a batch of {config.batch_size} equally")
 
-    if world > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    trainer = Trainer(config, device, rank, world)
-    if flags.resume:
-        trainer.load_state_dict(saved)
-    saved_step = trainer.step
-    steps = range(trainer.step + 1, config.steps + 1)
+    done = len(trainer.losses)
+    steps = range(done + 1, config.steps + 1)
     if rank == 0:  # the first process writes and speaks for all
-        old = ", the old run to previous.pt" if flags.overwrite and path.exists() else ""
-        say(f"{len(images)} digits of {images[0].numel()} pixels on {device} to {path}{old}")
-        steps = progress(steps, "training: step", config.steps, trainer.step, trainer.losses)
-    try:
-        for step in steps:
-            trainer.train_step(images)
-            if rank == 0 and (step % SAVE_EVERY == 0 or step == config.steps):
-                if saved_step == 0 and path.exists():
-                    write_file(path.with_name("previous.pt"), path.read_bytes())
-                buffer = io.BytesIO()
-                torch.save(trainer.state_dict() | {"data": checksum}, buffer)
-                write_file(path, buffer.getbuffer())
-                saved_step = step
-        if rank == 0:
-            x_0 = to_pixels(test_images)
-            mean, sem = mean_and_sem(evaluate(trainer.model.cpu(), trainer.ddpm, x_0))
-            say(f"test loss (8): {mean:.4f} +- {sem:.4f} over {len(x_0)} test digits "
-                "(predicting 0: 1)")
-            say(f"next: python figures.py --checkpoint {path}")
-    except KeyboardInterrupt:
-        if rank == 0 and saved_step:
-            say(f"\nstopped: step {saved_step} is in {path}; --resume continues from there")
-        raise
-    finally:
-        if world > 1:
-            distributed.destroy_process_group()  # its threads must not outlive Python
+        print(f"{len(images)} digits on {flags.device} to {path}, saved every {SAVE_EVERY} steps")
+        steps = progress(steps, "training: step", config.steps, done, trainer.losses)
+    for step in steps:
+        trainer.train_step(images)
+        if rank == 0 and (step % SAVE_EVERY == 0 or step == config.steps):
+            if path.exists() and not replaceable:  # another run began here after this one
+                raise taken
+            write_file(path, partial(torch.save, trainer.state_dict() | {"data": checksum}))
+            replaceable = True
+    if rank == 0:
+        losses, _ = evaluate(trainer.model, trainer.ddpm, to_pixels(test_images))
+        mean, sem = mean_and_sem(losses)
+        print(f"test loss (8): {mean:.4f} +- {sem:.4f} over {len(losses)} test digits "
+              "(predicting 0: 1)")
+        print(f"next: python figures.py --checkpoint {path}")
 
 
 def run_command(main):
     """Run main(). An error the user can fix ends in one sentence; a bug keeps its traceback."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="replace")  # a path may have what a pipe can't encode
     try:
         main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # the latter in `| head`
         sys.exit(130)
-    except (InputError, OSError) as error:
+    except InputError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 

@@ -5,28 +5,26 @@ from torch.nn import functional as F
 
 
 class TimeEmbedding(nn.Module):
-    """The time t as a vector (sheet, 4): sinusoids of t, then a small MLP.
+    """The time t as a vector of dim numbers (sheet, 4): sinusoids of t, then a small MLP.
 
-        sin(ω_k t) and cos(ω_k t) for K = n_features/2 frequencies ω_k = 1000^(-k/(K-1)), k = 0..K-1
+        sin(ω_k t) and cos(ω_k t) for K = dim/2 frequencies ω_k = 1000^(-k/(K-1)), k = 0, ..., K-1
 
     The frequencies fall from 1 to 1/1000 (Vaswani et al. 2017, §3.5, with 10000): the fast ones
     tell neighbouring times apart, the slow ones the beginning of the process from its end.
 
-    dim: length of the vector; n_features: number of sines and cosines, even; ValueError if not.
-    Input: t of shape (B,), of any number type. Output: (B, dim), of the dtype of the weights.
+    dim: even, or ValueError. Input: t (B,). Output: (B, dim), of the dtype of the weights.
     """
 
-    def __init__(self, dim, n_features=64):
+    def __init__(self, dim):
         super().__init__()
-        if n_features < 2 or n_features % 2:
-            raise ValueError(f"n_features must be even and at least 2, got {n_features}")
-        self.n_features = n_features
-        self.mlp = nn.Sequential(
-            nn.Linear(n_features, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim must be even and at least 2, got {dim}")
+        self.dim = dim
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
     def sinusoids(self, t):
-        """The sines, then the cosines of t at each frequency: (B, n_features), float32."""
-        exponents = torch.linspace(0, 1, self.n_features // 2, device=t.device)
+        """The sines, then the cosines of t at each frequency: (B, dim), float32."""
+        exponents = torch.linspace(0, 1, self.dim // 2, device=t.device)
         angles = t[..., None].float() * 1000 ** -exponents
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -35,11 +33,10 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + a correction that depends on t: convolution, normalisation, time, SiLU, convolution.
+    """x + a correction that depends on the time, and is 0 at the start of training.
 
     The time enters as a scale and a shift for each channel. The scale matters: the gain from a
-    picture to its noise is 1/√(1-ᾱ_t), from 71 at t = 1 to 1.07 at t = 200. The correction is 0 at
-    the start.
+    picture to its noise is 1/√(1-ᾱ_t), from 71 at t = 1 to 1.07 at t = 200.
     """
 
     def __init__(self, width_in, width, time_dim):
@@ -62,21 +59,19 @@ class ResidualBlock(nn.Module):
 class UNet(nn.Module):
     """ε_θ(x, t), the noise in the picture x at time t. Sheet (4), eq. (7).
 
-        x ─ 3x3 ─ block ─ block ──────────── skip ──────────── block ─ block ─ 3x3 ─ ε  16 x 28 x 28
-                            │                                    │
-                   mean of 2x2, 1x1                    1x1, every pixel four times
-                            │                                    │
-                          block ─ block ──── skip ──── block ─ block                    32 x 14 x 14
-                                    │                    │
-                           mean of 2x2, 1x1    1x1, every pixel four times
-                                    │                    │
-                                  block ────────────── block                            64 x 7 x 7
+        x ─ 3x3 ─ 2 blocks ──────────── skip ──────────── 2 blocks ─ norm ─ SiLU ─ 3x3 ─ ε  16x28x28
+                         │                                │
+                 mean of 2x2, 1x1                  1x1, 2x2 copies
+                         │                                │
+                         2 blocks ───── skip ───── 2 blocks                                 32x14x14
+                                │                  │
+                        mean of 2x2, 1x1    1x1, 2x2 copies
+                                │                  │
+                                └──── 2 blocks ────┘                                        64x7x7
 
-    Every block is a ResidualBlock. At the right: the width and the sides of a level for a digit.
-
-    in_channels: 1 for grey pictures, 3 for colour; channels: the width of each level, from the
-    full resolution down, multiples of 4.
-    time_conditioning: if False, the network sees t = 0 at all times.
+    A block is a ResidualBlock. At the right: the width and the sides of a level, for a digit.
+    in_channels: 1 for grey pictures, 3 for colour. channels: the width of each level, from the full
+    resolution down, multiples of 4. time_conditioning: if False, the network sees t = 0 always.
     Input: x (B, in_channels, H, W), H and W multiples of 2^(levels-1); t (B,).
     Output: the shape of x; zero before training. ValueError for a width or shape that does not fit.
     """
@@ -123,7 +118,8 @@ class UNet(nn.Module):
 
     def _check(self, x, t):
         factor = 2 ** len(self.downsample)
-        if x.shape[1:2] != (self.in_channels,) or [side % factor for side in x.shape[2:]] != [0, 0]:
+        is_picture = x.dim() == 4 and x.shape[1] == self.in_channels
+        if not is_picture or x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), H and W multiples "
                              f"of {factor}, got {tuple(x.shape)}")
         if t.shape != x.shape[:1]:
