@@ -258,9 +258,10 @@ def write_file(path, write):
     beside = path.with_stem(f"{path.stem}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
+        with open(beside, "wb") as file:
+            write(file)
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+    except OSError as error:
         raise InputError(f"{path} can't be written and is unchanged ({error})") from error
 
 
