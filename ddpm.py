@@ -40,7 +40,7 @@ class DDPM:
     """
 
     def __init__(self, beta):
-        self.beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").clone()
+        self.beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu")
         if self.beta.dim() != 1 or len(self.beta) < 2:
             raise ValueError(f"beta must be T+1 ≥ 2 numbers, got shape {tuple(self.beta.shape)}")
         self.T = len(self.beta) - 1
@@ -126,7 +126,7 @@ class DDPM:
         self.check(t, x_t)
         for s in range(t, 0, -1):
             x_t = self.p_sample(model, x_t, s, variance=variance, generator=generator)
-            yield s - 1, x_t.clone()
+            yield s - 1, x_t
 
     # 5. Loss
 
@@ -143,9 +143,9 @@ class DDPM:
         return (eps - self.predict_eps(model, x_t, t)).square().mean()
 
     def predict_eps(self, model, x_t, t):
-        """ε_θ(x_t, t) of (7) and (8), on copies. In a subclass, the model may predict x_0."""
+        """ε_θ(x_t, t) of (7) and (8). In a subclass, the model may predict x_0 instead."""
         t = self.check(t, x_t)
-        eps = model(x_t.clone(), t.to(x_t.device, copy=True))
+        eps = model(x_t, t.to(x_t.device))
         if not torch.is_tensor(eps) or eps.shape != x_t.shape:  # it would broadcast silently
             raise ValueError(f"model must return {describe(x_t)}, got {describe(eps)}")
         return eps.to(x_t.dtype)
@@ -183,7 +183,7 @@ class GaussianEps:
 
     def __init__(self, ddpm, mean, cov):
         self.ddpm = ddpm
-        self.mean = torch.as_tensor(mean, dtype=torch.float64).flatten().clone()
+        self.mean = torch.as_tensor(mean, dtype=torch.float64).flatten()
         cov = torch.as_tensor(cov, dtype=torch.float64)
         D, rounding = len(self.mean), 1e-4 * cov.abs().max()  # of a covariance in float32
         finite = self.mean.isfinite().all() and cov.isfinite().all()
@@ -225,7 +225,7 @@ class EmpiricalEps:
         if not points.numel() or not points.isfinite().all():
             raise ValueError(f"points must be one or more, finite, got {describe(points)}")
         dtype = torch.promote_types(points.dtype, torch.float32)
-        self.ddpm, self.points = ddpm, points.reshape(len(points), -1).to(dtype, copy=True)
+        self.ddpm, self.points = ddpm, points.reshape(len(points), -1).to(dtype)
         self.half_norms = self.points.square().sum(1) / 2
 
     def __call__(self, x_t, t):

@@ -1,7 +1,6 @@
 """Draw the equations, and evaluate a trained network: out/model.pt -> out/figures/.
 
-    python figures.py                       all figures; before train.py, those without a network
-    python figures.py --image photo.png     with another picture than the condor
+    python figures.py     all figures; before train.py, those that need no network
 """
 import argparse
 import json
@@ -17,7 +16,6 @@ from matplotlib import ticker
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.patches import Rectangle
 from torch import nn
 
 import train
@@ -26,10 +24,11 @@ from unet import TimeEmbedding
 
 # Where denoising is measured, as fractions of T; if True, by the reverse process too: it is slow.
 TIMES = {0.05: False, 0.125: False, 0.25: True, 0.5: True, 0.75: False, 1: True}
+CONDOR = Path(__file__).parent / "condor.png"
 SHOWN = 16  # digits whose way through the reverse process is drawn
 
 # One colour (Okabe and Ito's, safe for the colour-blind) and marker for one thing in all figures.
-SIGNAL, NOISE, MISREAD = "#CC79A7", "#7f7f7f", "#FFD400"
+SIGNAL, NOISE = "#CC79A7", "#7f7f7f"
 STYLES = {
     "noisy": {"color": NOISE, "marker": "x", "label": r"no denoising, $x_t/\sqrt{\bar{\alpha}_t}$"},
     "linear": {"color": "#E69F00", "marker": "s", "label": "best linear denoiser (Wiener)"},
@@ -67,20 +66,15 @@ def plain_ticks(axis, digits):
 # Sheet 1 to 4: pictures that need no network
 
 def read_image(path):
-    """A picture file, as matplotlib reads it, as (3, H, W) in [-1, 1].
+    """A PNG file as (3, H, W) in [-1, 1]."""
+    return torch.tensor(imread(path)[..., :3]).permute(2, 0, 1) * 2 - 1
 
-    An alpha channel is laid on white. A PNG's transparent colour (tRNS) and the rotation in a
-    photo's EXIF are ignored. Raises InputError if it can't be read.
-    """
-    try:
-        pixels = torch.tensor(np.atleast_3d(imread(path))).permute(2, 0, 1)
-    except Exception as error:  # a damaged picture can make the decoder raise almost anything
-        raise train.InputError(
-            f"{path} can't be read as a picture: --image takes a PNG or JPEG file") from error
-    largest = 1 if pixels.is_floating_point() else torch.iinfo(pixels.dtype).max
-    pixels = pixels / largest
-    opacity = pixels[3:] if len(pixels) == 4 else 1
-    return (pixels[:3] * opacity + (1 - opacity)).expand(3, -1, -1) * 2 - 1
+
+def forward_process(ddpm, x, rng):
+    """Sheet (3): (t, x_t) for t = 1, ..., T, by the steps (1) from x_0."""
+    for t in range(1, ddpm.T + 1):
+        x = ddpm.q_step(x, t, torch.randn(x.shape, generator=rng))
+        yield t, x
 
 
 def draw_forward(image):
@@ -90,9 +84,7 @@ def draw_forward(image):
     cells = dict(zip((0, 3, 10, 30, 100, 200), axes.flat, strict=True))
     show(cells[0], image)
     cells[0].set_title("$x_0$", fontsize=20)
-    x = image[None]
-    for t in range(1, ddpm.T + 1):
-        x = ddpm.q_step(x, t, torch.randn(x.shape, generator=rng))
+    for t, x in forward_process(ddpm, image[None], rng):
         if t in cells:
             signal = ddpm.alpha_bar[t].item()
             show(cells[t], x[0])
@@ -102,8 +94,9 @@ def draw_forward(image):
     return figure
 
 
-def draw_marginal(x_0):
+def draw_marginal(images):
     """Question 1: the pixels of x_t over the data, and paths of (1) from one pixel, with (5)."""
+    x_0 = train.to_pixels(images[:2000])
     ddpm, rng = DDPM(linear_beta()), train.make_rng("figures")
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplot_mosaic([[0, 30, 100, 200], ["paths"] * 4])
@@ -118,11 +111,10 @@ def draw_marginal(x_0):
                     xticks=(-3, -1, 1, 3))
     axes[0].set_ylabel(f"density, cut at 1.5 ({(x_0 == -1).float().mean():.0%} are black)")
     axes[0].legend()
-    path = [torch.ones(40)]
-    for t in range(1, ddpm.T + 1):
-        path.append(ddpm.q_step(path[-1], t, torch.randn(40, generator=rng)))
+    x_0 = torch.ones(40)
+    path = torch.stack([x_0] + [x for _, x in forward_process(ddpm, x_0, rng)])
     below = axes["paths"]
-    below.plot(torch.stack(path), color=NOISE, linewidth=0.7, alpha=0.6)
+    below.plot(path, color=NOISE, linewidth=0.7, alpha=0.6)
     mean, deviation = ddpm.alpha_bar.sqrt(), (1 - ddpm.alpha_bar).sqrt()
     below.plot(mean, color=SIGNAL, label=r"mean of (5): $\sqrt{\bar{\alpha}_t}\,x_0$")
     below.fill_between(range(ddpm.T + 1), mean - 2 * deviation, mean + 2 * deviation, color=SIGNAL,
@@ -205,12 +197,17 @@ def train_classifier(x, labels):
     return classifier.requires_grad_(False)
 
 
+def mean_and_sem(values):
+    """The mean of two or more independent numbers, and its standard error."""
+    return values.mean().item(), values.std().item() / len(values) ** 0.5
+
+
 def measure_loss(model, ddpm, x_0):
     """The loss (8) of a denoiser: {"loss": (mean, sem), "t": [...], "loss_by_t": [...]} in bins."""
     losses, t = train.evaluate(model, ddpm, x_0)
     index = (t - 1) * 20 // ddpm.T
     bins = [index == i for i in index.unique()]
-    return {"loss": train.mean_and_sem(losses), "t": [t[i].double().mean().item() for i in bins],
+    return {"loss": mean_and_sem(losses), "t": [t[i].double().mean().item() for i in bins],
             "loss_by_t": [losses[i].mean().item() for i in bins]}
 
 
@@ -218,8 +215,8 @@ def psnr_and_accuracy(x0_hat, x_0, labels, classifier):
     """Of estimates of x_0: PSNR in dB and the accuracy of the classifier, each (mean, sem)."""
     error = (x0_hat - x_0).square().flatten(1).mean(1)
     correct = classifier(x0_hat).argmax(1) == labels
-    return {"psnr": train.mean_and_sem(10 * (4 / error).log10()),
-            "accuracy": train.mean_and_sem(correct.float())}
+    return {"psnr": mean_and_sem(10 * (4 / error).log10()),
+            "accuracy": mean_and_sem(correct.float())}
 
 
 def reverse_process(model, ddpm, x_t, t, rng):
@@ -297,9 +294,8 @@ def measure(model, ddpm, data, n):
                            for name, x in samples.items()}}
     shown = labels[:SHOWN].tolist()
     first = [shown.index(label) for label in sorted(set(shown))]  # of each class
-    four = first[:4]
-    denoised = {t: {name: (x[four], classifier(x[four]).argmax(1) != labels[four])
-                    for name, x in row.items()} for t, row in estimates.items() if "reverse" in row}
+    denoised = {t: {name: x[first[:4]] for name, x in row.items()}
+                for t, row in estimates.items() if "reverse" in row}
     return metrics, {"x_0": x_0[:SHOWN], "first": first, "denoised": denoised, "samples": samples,
                      "path": list(estimates_along(path, model, ddpm))}
 
@@ -309,19 +305,6 @@ def estimates_along(path, model, ddpm):
     for i in torch.linspace(0, len(path) - 1, min(41, len(path))).round().long().tolist():
         t, x = path[i]
         yield t, x, ddpm.predict_x0(x, model(x, torch.full((len(x),), t)), t) if t else x
-
-
-def print_table(metrics):
-    """The measurements, in the width of a terminal and in ASCII."""
-    print(f"\nPSNR in dB, accuracy of a classifier ({metrics['clean'][0]:.0%} of the clean digits)")
-    print("   t" + "".join(f"{name:>14}" for name in STYLES))
-    for t, row in metrics["denoising"].items():
-        cells = [row[name] for name in STYLES if name in row]
-        print(f"{t:4}" + "".join(f"{cell['psnr'][0]:9.1f} {cell['accuracy'][0]:4.0%}"
-                                 for cell in cells))
-    print("loss" + "".join(f"{row['loss'][0]:14.4f}" for row in metrics["losses"].values()))
-    for name, distance in metrics["frechet"].items():
-        print(f"{name}: Frechet distance {distance:.1f}")
 
 
 # Sheet 6: pictures of what was measured
@@ -377,8 +360,8 @@ def tiled(rows):
     return torch.cat([torch.cat([*row], dim=2) for row in rows], dim=1)
 
 
-def draw_grid(rows, labels, titles, frames=()):
-    """Rows of pictures, (n, 1, H, W) each, with labels; titles over equal parts; (i, j) framed."""
+def draw_grid(rows, labels, titles):
+    """Rows of pictures, (n, 1, H, W) each, with labels at the left, titles over equal parts."""
     page = tiled(nn.functional.pad(row, 4 * [2], value=1) for row in rows)
     _, height, width = page.shape
     figure, axes = new_figure(3.4 + 0.026 * width, 0.9 + 0.026 * height)
@@ -386,26 +369,18 @@ def draw_grid(rows, labels, titles, frames=()):
     axes.set_yticks((torch.arange(len(rows)) + 0.5) * height / len(rows), labels)
     axes.set_xticks((torch.arange(len(titles)) + 0.5) * width / len(titles), titles)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    width, height = width / len(rows[0]), height / len(rows)
-    for i, j in frames:
-        axes.add_patch(Rectangle((j * width, i * height), width - 1, height - 1, fill=False,
-                                 color=MISREAD, linewidth=3))
     return figure
 
 
 def draw_denoising(x_0, denoised):
-    """Digits, noisy at several t, and what each method makes of them; misread ones framed."""
+    """Digits, noisy at several t, and what each method makes of them."""
     names = [name for name in STYLES if name in denoised[max(denoised)]]
-    rows, frames = [torch.cat(len(denoised) * [x_0])], []
-    for name in names:
-        x0_hat, misread = zip(*(row[name] for row in denoised.values()), strict=True)
-        frames += [(len(rows), j) for j in torch.cat(misread).nonzero().flatten()]
-        rows.append(torch.cat(x0_hat))
+    rows = [torch.cat(len(denoised) * [x_0])]
+    rows += [torch.cat([row[name] for row in denoised.values()]) for name in names]
     labels = ["clean digit"] + [STYLES[name]["label"] for name in names]
-    figure = draw_grid(rows, labels, [f"t = {t}" for t in denoised], frames)
+    figure = draw_grid(rows, labels, [f"t = {t}" for t in denoised])
     for x in torch.linspace(0, 1, len(denoised) + 1)[1:-1]:
         figure.axes[0].axline((x, 0), (x, 1), transform=figure.axes[0].transAxes, color=NOISE)
-    figure.supxlabel("yellow frame: the classifier takes it for another digit", fontsize=12)
     return figure
 
 
@@ -451,9 +426,6 @@ def parse_flags():
                         help="the digits of the training (default: mnist/)")
     parser.add_argument("--out", type=Path, default=Path("out/figures"), metavar="DIR",
                         help="output folder (default: %(default)s)")
-    parser.add_argument("--image", type=Path, default=Path(__file__).parent / "condor.png",
-                        metavar="FILE", help="PNG or JPEG for the forward process, taken without "
-                        "its EXIF rotation (default: condor.png)")
     parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
                         help="network to evaluate, then others to compare (default: out/model.pt)")
     parser.add_argument("--digits", type=int, default=50, metavar="N",
@@ -464,17 +436,16 @@ def parse_flags():
 def main():
     """Numbers and pictures of the first network; of the others, the test loss alone."""
     flags = parse_flags()
-    image, data = read_image(flags.image), train.load_mnist(flags.data)
-    pixels, test_pixels = train.to_pixels(data[0]), train.to_pixels(data[2])
+    images, _, test_images, _ = data = train.load_mnist(flags.data)
     if not flags.checkpoint and Path("out/model.pt").exists():
         flags.checkpoint = [Path("out/model.pt")]
-    checksum = zlib.crc32(data[0].numpy())
+    checksum = zlib.crc32(images.numpy())
     trainers = [train.read_checkpoint(path, checksum) for path in flags.checkpoint or ()]
-    if trainers and not SHOWN <= flags.digits <= len(test_pixels) / 2:
+    if trainers and not SHOWN <= flags.digits <= len(test_images) / 2:
         raise train.InputError(f"--digits must be from {SHOWN} to half of the test pictures, of "
-                               f"which there are {len(test_pixels)}")
+                               f"which there are {len(test_images)}")
     with matplotlib.style.context(RC, after_reset=True):  # whatever the user's matplotlibrc says
-        save({"forward": draw_forward(image), "marginal": draw_marginal(pixels[:2000]),
+        save({"forward": draw_forward(read_image(CONDOR)), "marginal": draw_marginal(images),
               "bayes": draw_bayes(), "embedding": draw_embedding()}, flags.out)
         if not trainers:
             print("the other figures show a trained network: run python train.py first")
@@ -482,13 +453,12 @@ def main():
         first, *others = trainers
         model = partial(batched, first.model.requires_grad_(False))
         metrics, shown = measure(model, first.ddpm, data, flags.digits)
-        losses = [metrics["losses"]["network"]]
-        losses += [measure_loss(other.model, other.ddpm, test_pixels) for other in others]
+        losses, x = [metrics["losses"]["network"]], train.to_pixels(test_images)
+        losses += [measure_loss(other.model, other.ddpm, x) for other in others]
         metrics["runs"] = [{"config": asdict(trainer.config)} | loss
                            for trainer, loss in zip(trainers, losses, strict=True)]
         text = json.dumps(metrics, indent=1).encode()
         train.write_file(flags.out / "metrics.json", lambda file: file.write(text))
-        print_table(metrics)
         path, x_0, index = shown["path"], shown["x_0"], shown["first"]
         save({"losses": draw_losses(metrics, first.losses), "quality": draw_quality(metrics),
               "denoising": draw_denoising(x_0[index[:4]], shown["denoised"]),

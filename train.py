@@ -59,8 +59,6 @@ class Config:
         object.__setattr__(self, "channels", tuple(self.channels))  # a list is welcome
 
 
-# Data
-
 def read_idx(path, dims):
     """The bytes in a gzipped IDX file as a uint8 tensor of that many dimensions."""
     try:
@@ -79,10 +77,10 @@ def load_mnist(folder):
     names = "train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"
     images, labels, test_images, test_labels = (
         read_idx(Path(folder, f"{name}-ubyte.gz"), int(name[-1])) for name in names)
-    sizes = (len(images), len(test_images), images.shape[1:])
-    if sizes != (len(labels), len(test_labels), test_images.shape[1:]) or len(test_images) < 2:
-        raise InputError(f"{folder} needs one label for each image, images of one size, and two "
-                         "test images or more")
+    if len(images) != len(labels) or len(test_images) != len(test_labels) or len(test_labels) < 2:
+        raise InputError(f"{folder} needs one label for each image, and two test images or more")
+    if images.shape[1:] != test_images.shape[1:]:
+        raise InputError(f"{folder} needs training and test images of one size")
     return images[:, None], labels.long(), test_images[:, None], test_labels.long()
 
 
@@ -149,8 +147,8 @@ def learning_rate(config, step):
 class Trainer:
     """What a training step changes and a checkpoint saves: model, optimisers, losses so far.
 
-    model: any nn.Module model(x_t, t), by default the UNet of the config. ddpm: the process, by
-    default that of linear_beta. rank: of this process, one of `world` that share each batch.
+    By default, model is the UNet of the config and ddpm the process of linear_beta; any
+    nn.Module model(x_t, t) will do. This process is number rank of world that share each batch.
     """
 
     def __init__(self, config, model=None, ddpm=None, device="cpu", rank=0, world=1):
@@ -169,7 +167,6 @@ class Trainer:
         step, size = len(self.losses) + 1, self.config.batch_size // self.world
         rng = make_rng("train", self.config.seed, step, self.rank)  # a resumed run draws the same
         index = torch.randint(len(images), (size,), generator=rng)
-
         x_0 = to_pixels(images[index]).to(self.device)
         loss = self.ddpm.loss(self.model, x_0, generator=rng)
         self.model.zero_grad()
@@ -219,8 +216,7 @@ def progress(items, task, total, start=0, losses=()):
         if now > last + 5 or left == 0:
             last, speed = now, (done - start) / (now - began)
             loss = f", loss {np.mean(losses[-20:]):.4f}" if losses else ""
-            print(f"{task} {done}/{total}, {speed:.4g}/s, {left / speed:.0f} s left{loss}",
-                  flush=True)
+            print(f"{task} {done}/{total}, {left / speed:.0f} s left{loss}", flush=True)
 
 
 @torch.no_grad()
@@ -230,25 +226,18 @@ def evaluate(model, ddpm, x_0):
     Returns losses and times, (N,), on the CPU. The times are spread evenly over 1..T; times and
     noise are the same in every call. A module is evaluated in eval mode, on its own device.
     """
+    if isinstance(model, torch.nn.Module):
+        model = copy.deepcopy(model).eval()  # the caller's keeps its mode
+        x_0 = x_0.to(next(model.parameters()).device)
     rng = make_rng("test")
-    eps = torch.randn(x_0.shape, generator=rng)
+    eps = torch.randn(x_0.shape, generator=rng).to(x_0.device)
     times = 1 + torch.arange(len(x_0)) * ddpm.T // len(x_0)
     times = times[torch.randperm(len(x_0), generator=rng)]
-    device, is_module = "cpu", isinstance(model, torch.nn.Module)
-    if is_module:
-        device = next(model.parameters()).device
-        model = copy.deepcopy(model).eval()  # so that the caller's keeps its mode
     losses = []
     for x, t, noise in zip(x_0.split(100), times.split(100), eps.split(100)):
-        x, noise = x.to(device), noise.to(device)
         error = noise - ddpm.predict_eps(model, ddpm.q_sample(x, t, noise), t)
         losses.append(error.square().flatten(1).mean(1).cpu())
     return torch.cat(losses), times
-
-
-def mean_and_sem(values):
-    """The mean of two or more independent numbers, and its standard error."""
-    return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 
 # Files
@@ -278,11 +267,8 @@ def read_checkpoint(path, checksum=None, **options):
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         config, _ = Config(**state["config"]), DDPM(state["beta"])
-        if not all(weight.isfinite().all() for weight in state["model"].values()):
-            raise ValueError("a weight is not finite")
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
-        raise InputError(f"{path} is damaged or not a checkpoint of this train.py: name another, "
-                         "or train") from error
+        raise InputError(f"{path} is damaged or not of this train.py: train again") from error
     if checksum is not None and state.get("data") != checksum:
         raise InputError(f"{path} was trained on other digits: name their folder with --data")
     trainer = Trainer(config, **options)
@@ -300,12 +286,11 @@ def parse_flags():
     """The flags, and a dict of the settings of Config that are among them."""
     parser = argparse.ArgumentParser(description="Train a UNet to predict the noise in digits.")
     settings = get_type_hints(Config, include_extras=True)
-    options = {bool: {"action": argparse.BooleanOptionalAction},
-               tuple: {"type": int, "nargs": "+", "metavar": "N"}}
+    options = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "+"}}
     for name, annotation in settings.items():
         kind, meaning = get_args(annotation)
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                            **options.get(kind, {"type": kind, "metavar": "VALUE"}),
+                            **options.get(kind, {"type": kind}),
                             help=f"{meaning} (default: {getattr(Config, name)})")
     parser.add_argument("--data", type=Path, default=MNIST, metavar="DIR",
                         help="four files like those of MNIST (default: mnist/)")
@@ -337,19 +322,17 @@ def main():
         rank, world = distributed.get_rank(), distributed.get_world_size()
     images, _, test_images, _ = load_mnist(flags.data)
     checksum = zlib.crc32(images.numpy())
-    shared = {"device": flags.device, "rank": rank, "world": world}
     if flags.resume:
-        trainer = read_checkpoint(path, checksum, **shared)
+        trainer = read_checkpoint(path, checksum, device=flags.device, rank=rank, world=world)
     else:
-        trainer = Trainer(Config(**given), **shared)
-    config = trainer.config
-    halvings, sides = len(config.channels) - 1, tuple(images.shape[2:])
-    if any(side % 2**halvings for side in sides):
-        raise InputError(f"--channels: {sides} can't be halved {halvings} times, give fewer")
+        trainer = Trainer(Config(**given), device=flags.device, rank=rank, world=world)
+    config, done = trainer.config, len(trainer.losses)
+    factor = 2 ** (len(config.channels) - 1)
+    if any(side % factor for side in images.shape[2:]):
+        raise InputError(f"--channels: the sides must be multiples of {factor}, so give fewer")
     if config.batch_size % world:
         raise InputError(f"{world} processes can't share a batch of {config.batch_size} equally")
 
-    done = len(trainer.losses)
     steps = range(done + 1, config.steps + 1)
     if rank == 0:  # the first process writes and speaks for all
         print(f"{len(images)} digits on {flags.device} to {path}, saved every {SAVE_EVERY} steps")
@@ -363,9 +346,8 @@ def main():
             replaceable = True
     if rank == 0:
         losses, _ = evaluate(trainer.model, trainer.ddpm, to_pixels(test_images))
-        mean, sem = mean_and_sem(losses)
-        print(f"test loss (8): {mean:.4f} +- {sem:.4f} over {len(losses)} test digits "
-              "(predicting 0: 1)")
+        mean, sem = losses.mean(), losses.std() / len(losses) ** 0.5
+        print(f"test loss (8): {mean:.4f} +- {sem:.4f} over {len(losses)} digits (predicting 0: 1)")
         print(f"next: python figures.py --checkpoint {path}")
 
 
