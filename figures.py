@@ -39,7 +39,7 @@ STYLES = {
 NETWORK, REVERSE = STYLES["network"]["color"], STYLES["reverse"]["color"]
 RC = {"font.size": 12, "axes.titlesize": 13, "legend.fontsize": 12, "legend.frameon": False,
       "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-      "lines.linewidth": 2, "errorbar.capsize": 3, "savefig.dpi": 150, "savefig.bbox": "tight",
+      "lines.linewidth": 2, "savefig.dpi": 150, "savefig.bbox": "tight",
       "figure.constrained_layout.h_pad": 0.12, "figure.constrained_layout.w_pad": 0.12}
 
 
@@ -333,28 +333,6 @@ def draw_losses(metrics, losses):
     return figure
 
 
-def draw_quality(metrics):
-    """PSNR of the estimate of x_0, and accuracy of a classifier, against t, for each method."""
-    figure, (left, right) = new_figure(12, 5, 1, 2)
-    times = list(metrics["denoising"])
-    for name, style in STYLES.items():
-        cells = {t: row[name] for t, row in metrics["denoising"].items() if name in row}
-        for axes, key in (left, "psnr"), (right, "accuracy"):
-            if cells:
-                mean, sem = np.array([cell[key] for cell in cells.values()]).T
-                axes.errorbar(list(cells), mean, 2 * sem, **style)
-    left.set(title="how close is the estimate to the clean digit?", xlabel="t", xticks=times,
-             ylabel="PSNR in dB (±2 standard errors)")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    clean = metrics["clean"][0]
-    right.axhline(clean, color="black", linestyle=":")
-    right.text(times[-1], clean + 0.01, "clean digits", ha="right", fontsize=10)
-    right.set(title="is it still the same digit? (a classifier)", xlabel="t", xticks=times,
-              ylim=(0, 1.08), ylabel="accuracy (±2 standard errors)")
-    right.yaxis.set_major_formatter("{x:.0%}")
-    return figure
-
-
 def tiled(rows):
     """One picture of rows of pictures."""
     return torch.cat([torch.cat([*row], dim=2) for row in rows], dim=1)
@@ -460,7 +438,7 @@ def main():
         text = json.dumps(metrics, indent=1).encode()
         train.write_file(flags.out / "metrics.json", lambda file: file.write(text))
         path, x_0, index = shown["path"], shown["x_0"], shown["first"]
-        save({"losses": draw_losses(metrics, first.losses), "quality": draw_quality(metrics),
+        save({"losses": draw_losses(metrics, first.losses),
               "denoising": draw_denoising(x_0[index[:4]], shown["denoised"]),
               "generation": draw_generation(shown["samples"]),
               "reverse": draw_reverse(path, x_0, index[:6])}, flags.out)

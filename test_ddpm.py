@@ -1115,7 +1115,7 @@ def test_figures_draws_a_network_beside_others_and_leaves_the_runs_alone(folder,
     command(f"train.py {SMALL} --steps 10 --out 10")
     command(f"{line} drawn --checkpoint {CHECKPOINT} 10/model.pt")
     first = {f"{name}.png" for name in ("forward", "marginal", "bayes", "embedding")}
-    names = {f"{name}.png" for name in ("losses", "quality", "denoising", "generation", "reverse")}
+    names = {f"{name}.png" for name in ("losses", "denoising", "generation", "reverse")}
     assert set(os.listdir("drawn")) == first | names | {"metrics.json", "reverse.gif"}
     metrics = json.loads(Path("drawn/metrics.json").read_text(encoding="utf-8"))
     assert [run["config"]["steps"] for run in metrics["runs"]] == [60, 10]
@@ -1212,7 +1212,7 @@ def test_every_function_shown_in_the_readme_is_that_of_the_code_and_complete():
     names = "ddpm.py", "unet.py", "train.py", "figures.py"
     code = {bare(node) for name in names for node in functions(read(name))}
     assert [node.name for node in shown if bare(node) not in code] == []
-    assert len(shown) == 24
+    assert len(shown) == 22
 
 
 def test_the_python_of_the_readme_runs_as_it_stands(folder):
