@@ -34,13 +34,13 @@ class DDPM:
     T: the number of steps; beta, alpha, alpha_bar: float64 tables of T+1 entries indexed by t,
         with α_t = 1 - β_t, ᾱ_t = ∏_{1 ≤ s ≤ t} α_s, and ᾱ_0 = 1 since x_0 is the data itself.
 
-    In every method x is a float tensor (B, ...), not empty; x and ε have one shape, dtype, device;
+    In every method x is a float tensor (B, ...), not empty; ε has the shape, dtype, device of x;
     1 ≤ t ≤ T is an int, or an int64 tensor (B,), a time for each sample. `model` is any callable
-    model(x_t, t) -> ε, with t of shape (B,) and ε of that of x_t. ValueError if something differs.
+    model(x_t, t) -> ε, with t of shape (B,), ε of the shape of x_t. ValueError if it does not fit.
     """
 
     def __init__(self, beta):
-        self.beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu")
+        self.beta = torch.asarray(beta, dtype=torch.float64, device="cpu", copy=True)
         if self.beta.dim() != 1 or len(self.beta) < 2:
             raise ValueError(f"beta must be T+1 ≥ 2 numbers, got shape {tuple(self.beta.shape)}")
         self.T = len(self.beta) - 1
@@ -49,7 +49,7 @@ class DDPM:
             low, high = self.beta[1:].aminmax()
             raise ValueError(f"β_1..β_T must lie in (0, 1), got {low:.3g} to {high:.3g}")
         self.alpha_bar = torch.cat([self.alpha.new_ones(1), self.alpha[1:]]).cumprod(0)
-        if self.alpha_bar[-1] < 1e-30:  # the squares of x̂_0, some 1 / ᾱ_T, stay finite in float32
+        if self.alpha_bar[-1] < 1e-30:  # the squares of x̂_0, about 1 / ᾱ_T, stay finite in float32
             raise ValueError(f"ᾱ_T is {self.alpha_bar[-1]:.3g}, below 1e-30: take fewer steps")
 
     # 1. Forward process
@@ -125,13 +125,14 @@ class DDPM:
         t = self.T if t is None else t
         self.check(t, x_t)
         for s in range(t, 0, -1):
-            x_t = self.p_sample(model, x_t, s, variance=variance, generator=generator)
+            times = torch.full((len(x_t),), s)
+            x_t = self.p_sample(model, x_t, times, variance=variance, generator=generator)
             yield s - 1, x_t
 
     # 5. Loss
 
     def loss(self, model, x_0, *, generator=None):
-        """‖ε - ε_θ(x_t(x_0, ε), t)‖², eq. (8), as a mean over every element: differentiate it.
+        """‖ε - ε_θ(x_t(x_0, ε), t)‖², eq. (8), averaged over every element.
 
         Each sample has its own t, uniform on {1, ..., T}, and its own ε ~ N(0, I).
         """
@@ -143,7 +144,7 @@ class DDPM:
         return (eps - self.predict_eps(model, x_t, t)).square().mean()
 
     def predict_eps(self, model, x_t, t):
-        """ε_θ(x_t, t) of (7) and (8). In a subclass, the model may predict x_0 instead."""
+        """ε_θ(x_t, t) of (7) and (8). A subclass can convert a model that predicts x_0."""
         t = self.check(t, x_t)
         eps = model(x_t, t.to(x_t.device))
         if not torch.is_tensor(eps) or eps.shape != x_t.shape:  # it would broadcast silently
@@ -216,16 +217,15 @@ class EmpiricalEps:
         E[x_0 | x_t] = Σ w_i x_i, and (5) gives E[ε | x_t] = (x_t - √ᾱ E[x_0 | x_t]) / √(1-ᾱ).
         ‖x_t‖² is common to all i and drops out of the softmax.
 
-    points: (N, ...), N ≥ 1, on the device of x_t; the arithmetic is in their dtype, or in float32
-    if that is wider. ValueError if there is none, or one is not finite. Called like a model.
+    points: (N, ...), N ≥ 1, on the device of x_t; the arithmetic is in their dtype. ValueError if
+    there is none, or one is not finite. Called like a model.
     """
 
     def __init__(self, ddpm, points):
         points = torch.as_tensor(points)
         if not points.numel() or not points.isfinite().all():
             raise ValueError(f"points must be one or more, finite, got {describe(points)}")
-        dtype = torch.promote_types(points.dtype, torch.float32)
-        self.ddpm, self.points = ddpm, points.reshape(len(points), -1).to(dtype)
+        self.ddpm, self.points = ddpm, points.reshape(len(points), -1)
         self.half_norms = self.points.square().sum(1) / 2
 
     def __call__(self, x_t, t):

@@ -1,4 +1,4 @@
-"""Draw the equations, and evaluate a trained network: out/model.pt -> out/figures/.
+"""Draw the equations, and measure a trained network: out/model.pt -> out/figures/.
 
     python figures.py     all figures; before train.py, those that need no network
 """
@@ -22,12 +22,12 @@ import train
 from ddpm import DDPM, EmpiricalEps, GaussianEps, linear_beta
 from unet import TimeEmbedding
 
-# Where denoising is measured, as fractions of T; if True, by the reverse process too: it is slow.
+# Where denoising is measured, as fractions of T; if True, by the (slow) reverse process too.
 TIMES = {0.05: False, 0.125: False, 0.25: True, 0.5: True, 0.75: False, 1: True}
 CONDOR = Path(__file__).parent / "condor.png"
 SHOWN = 16  # digits whose way through the reverse process is drawn
 
-# One colour (Okabe and Ito's, safe for the colour-blind) and marker for one thing in all figures.
+# One thing has one colour (Okabe and Ito's, safe for the colour-blind) in all figures.
 SIGNAL, NOISE = "#CC79A7", "#7f7f7f"
 STYLES = {
     "noisy": {"color": NOISE, "marker": "x", "label": r"no denoising, $x_t/\sqrt{\bar{\alpha}_t}$"},
@@ -213,7 +213,7 @@ def measure_loss(model, ddpm, x_0):
 
 def psnr_and_accuracy(x0_hat, x_0, labels, classifier):
     """Of estimates of x_0: PSNR in dB and the accuracy of the classifier, each (mean, sem)."""
-    error = (x0_hat - x_0).square().flatten(1).mean(1)
+    error = (x0_hat - x_0).square().flatten(1).mean(1).clamp(min=1e-10)
     correct = classifier(x0_hat).argmax(1) == labels
     return {"psnr": mean_and_sem(10 * (4 / error).log10()),
             "accuracy": mean_and_sem(correct.float())}
@@ -272,7 +272,7 @@ def measure(model, ddpm, data, n):
     classifier, linear = train_classifier(train_x, labels), GaussianEps.fit(ddpm, train_x)
     denoisers = {"noisy": lambda x_t, t: torch.zeros_like(x_t), "linear": linear,
                  "memorising": EmpiricalEps(ddpm, train_x), "network": model}
-    part = test_x[::max(1, len(test_x) // 1000)]  # it is slow
+    part = test_x[::max(1, len(test_x) // 1000)]  # the memorising denoiser is slow
     losses = {name: measure_loss(denoiser, ddpm, part if name == "memorising" else test_x)
               for name, denoiser in denoisers.items()}
 
@@ -352,10 +352,9 @@ def draw_grid(rows, labels, titles):
 
 def draw_denoising(x_0, denoised):
     """Digits, noisy at several t, and what each method makes of them."""
-    names = [name for name in STYLES if name in denoised[max(denoised)]]
     rows = [torch.cat(len(denoised) * [x_0])]
-    rows += [torch.cat([row[name] for row in denoised.values()]) for name in names]
-    labels = ["clean digit"] + [STYLES[name]["label"] for name in names]
+    rows += [torch.cat([row[name] for row in denoised.values()]) for name in STYLES]
+    labels = ["clean digit"] + [style["label"] for style in STYLES.values()]
     figure = draw_grid(rows, labels, [f"t = {t}" for t in denoised])
     for x in torch.linspace(0, 1, len(denoised) + 1)[1:-1]:
         figure.axes[0].axline((x, 0), (x, 1), transform=figure.axes[0].transAxes, color=NOISE)
@@ -381,7 +380,7 @@ def save_gif(path, x_0, file):
     """An animated GIF: digits in the reverse process from x_T, their estimates, and originals."""
     figure, axes = new_figure(7.2, 2.65, 1, 3)
     writer = PillowWriter(fps=5)
-    with writer.saving(figure, file.name, dpi=100):
+    with writer.saving(figure, file, dpi=100):
         for t, x, x0_hat in path[::2] + 8 * path[-1:]:  # the last one stays
             titles = f"$x_t$, t = {t}", r"estimate $\hat{x}_0$", "original"
             for cell, digits, title in zip(axes, (x, x0_hat, x_0), titles, strict=True):
@@ -400,10 +399,9 @@ def save(figures, folder):
 
 def parse_flags():
     parser = argparse.ArgumentParser(description="Draw the equations, and measure a network.")
-    parser.add_argument("--data", type=Path, default=train.MNIST, metavar="DIR",
-                        help="the digits of the training (default: mnist/)")
-    parser.add_argument("--out", type=Path, default=Path("out/figures"), metavar="DIR",
-                        help="output folder (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=train.MNIST, help="the data of the training")
+    parser.add_argument("--out", type=Path, default=Path("out/figures"),
+                        help="output folder (default: out/figures)")
     parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
                         help="network to evaluate, then others to compare (default: out/model.pt)")
     parser.add_argument("--digits", type=int, default=50, metavar="N",
@@ -442,7 +440,7 @@ def main():
               "denoising": draw_denoising(x_0[index[:4]], shown["denoised"]),
               "generation": draw_generation(shown["samples"]),
               "reverse": draw_reverse(path, x_0, index[:6])}, flags.out)
-        train.write_file(flags.out / "reverse.gif", partial(save_gif, path, x_0))
+        save_gif(path, x_0, flags.out / "reverse.gif")
 
 
 if __name__ == "__main__":

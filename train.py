@@ -2,12 +2,13 @@
 
     python train.py                train from the start
     python train.py --resume       continue the run in out/
-    torchrun --standalone --nproc_per_node=2 train.py      two processes, each with half the batch
+    torchrun --standalone --nproc_per_node=2 train.py --device cpu      share each batch by two
 """
 import argparse
 import atexit
 import copy
 import gzip
+import io
 import os
 import sys
 import time
@@ -16,13 +17,13 @@ import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
 from torch import distributed
 
-from ddpm import DDPM, linear_beta
+from ddpm import DDPM, linear_beta, randn_like
 from unet import ResidualBlock, UNet
 
 MNIST = Path(__file__).parent / "mnist"
@@ -38,25 +39,26 @@ class Config:
     """The settings of a run. Each is a flag of the command line, and a checkpoint holds them."""
 
     steps: Annotated[int, "gradient steps"] = 2000
-    batch_size: Annotated[int, "pictures in a step, in all processes together"] = 32
+    batch_size: Annotated[int, "images in a step, of all processes together"] = 32
     lr: Annotated[float, "highest learning rate"] = 1e-2
     timesteps: Annotated[int, "T, the steps of the forward process"] = 200
     channels: Annotated[tuple, "widths of the UNet, full resolution first"] = (16, 32, 64)
     time_conditioning: Annotated[bool, "give the network the time"] = True
-    optimizer: Annotated[str, "of the 3x3 kernels, muon or adam; Adam trains the rest"] = "muon"
+    optimizer: Annotated[str, "of the 3x3 kernels: muon or adam; Adam for the rest"] = "muon"
     seed: Annotated[int, "seed of all random numbers"] = 0
 
     def __post_init__(self):
-        """Raise InputError if a value is out of range, as NaN is."""
         for name, low, high in (("steps", 1, 10**8), ("batch_size", 1, 10**5), ("lr", 1e-8, 1),
                                 ("timesteps", 1, 5000), ("seed", 0, 2**32 - 1)):
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+            value, kind = getattr(self, name), type(getattr(Config, name))
+            if kind(value) != value or not low <= value <= high:  # NaN is not itself
+                raise InputError(f"{name} must be {kind.__name__}, {low} to {high}, got {value}")
+            object.__setattr__(self, name, kind(value))  # numpy's numbers are welcome
+        object.__setattr__(self, "channels", tuple(map(int, self.channels)))  # and lists
         if not self.channels or any(width not in range(4, 4097, 4) for width in self.channels):
             raise InputError(f"channels must be multiples of 4 up to 4096, got {self.channels}")
         if self.optimizer not in ("muon", "adam"):
             raise InputError(f"optimizer must be muon or adam, got {self.optimizer}")
-        object.__setattr__(self, "channels", tuple(self.channels))  # a list is welcome
 
 
 def read_idx(path, dims):
@@ -90,7 +92,7 @@ def to_pixels(images):
 
 
 def make_rng(stream, *key):
-    """Random numbers of one use, which depend on the key alone."""
+    """A generator for one use, seeded by its stream and key alone."""
     number = ("figures", "test", "classifier", "train").index(stream)
     seed = np.random.SeedSequence([number, *key]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed[0]))
@@ -127,28 +129,28 @@ def newton_schulz(matrix):
 
 def new_optimizers(model, config):
     """Muon for the 3x3 kernels of our residual blocks, Adam for the rest; or Adam for all."""
-    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
-    kernels = [conv.weight for block in blocks for conv in (block.conv1, block.conv2)]
+    kernels = [conv.weight for block in model.modules() if isinstance(block, ResidualBlock)
+               for conv in (block.conv1, block.conv2) if conv.weight.requires_grad]
     if config.optimizer == "adam" or not kernels:
         return [torch.optim.Adam(model.parameters(), config.lr, fused=True)]
-    rest = [each for each in model.parameters() if all(each is not kernel for kernel in kernels)]
+    rest = [parameter for parameter in model.parameters() if parameter not in set(kernels)]
     return [Muon(kernels, {"lr": config.lr}), torch.optim.Adam(rest, config.lr, fused=True)]
 
 
 def learning_rate(config, step):
     """Linear warm-up in 100 steps, or a tenth of the run if that is less, and linear decay to 0."""
     warmup = min(1, step / min(100, config.steps / 10))
-    decay = 1 - (step - 1) / config.steps
+    decay = max(0, 1 - (step - 1) / config.steps)
     return config.lr * warmup * decay
 
 
 # Training
 
 class Trainer:
-    """What a training step changes and a checkpoint saves: model, optimisers, losses so far.
+    """A run: the model, its optimisers and its losses so far, as a checkpoint saves them.
 
-    By default, model is the UNet of the config and ddpm the process of linear_beta; any
-    nn.Module model(x_t, t) will do. This process is number rank of world that share each batch.
+    By default, model is the UNet of the config and ddpm the process of linear_beta. Any nn.Module
+    model(x_t, t) will do; Adam trains it. world processes share a batch, this one is number rank.
     """
 
     def __init__(self, config, model=None, ddpm=None, device="cpu", rank=0, world=1):
@@ -158,7 +160,8 @@ class Trainer:
             with torch.random.fork_rng(devices=[]):  # leaves the random state of the caller alone
                 torch.default_generator.manual_seed(config.seed)
                 model = UNet(channels=config.channels, time_conditioning=config.time_conditioning)
-        self.model = model.to(device, memory_format=torch.channels_last)  # faster
+            model = model.to(memory_format=torch.channels_last)  # faster
+        self.model = model.to(device)
         self.optimizers = new_optimizers(self.model, config)
         self.losses = []
 
@@ -180,9 +183,9 @@ class Trainer:
 
     @torch.no_grad()
     def average_over_processes(self, loss):
-        """The loss and all gradients, in one message: a step is 1.6 times as fast."""
+        """Average the loss and all gradients, in one message: 1.6 times as fast as in many."""
         if self.world > 1:
-            tensors = [loss, *(parameter.grad for parameter in self.model.parameters())]
+            tensors = [loss, *(p.grad for p in self.model.parameters() if p.grad is not None)]
             mean = torch.cat([tensor.flatten() for tensor in tensors]) / self.world
             distributed.all_reduce(mean)
             for tensor, part in zip(tensors, mean.split([each.numel() for each in tensors])):
@@ -198,17 +201,17 @@ class Trainer:
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state):
-        self.ddpm = type(self.ddpm)(state["beta"])
+        DDPM.__init__(self.ddpm, state["beta"])
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.losses = list(state["losses"])
 
 
-# Evaluation
+# Evaluation and files
 
 def progress(items, task, total, start=0, losses=()):
-    """The items; a line every five seconds says how fast it goes and how long it will take."""
+    """The items; a line every five seconds says how many are done and how long the rest takes."""
     began = last = time.perf_counter()
     for done, item in enumerate(items, start + 1):
         yield item
@@ -223,14 +226,14 @@ def progress(items, task, total, start=0, losses=()):
 def evaluate(model, ddpm, x_0):
     """The loss (8) of each picture of x_0, (N, C, H, W) in [-1, 1], in their order, and its t.
 
-    Returns losses and times, (N,), on the CPU. The times are spread evenly over 1..T; times and
-    noise are the same in every call. A module is evaluated in eval mode, on its own device.
+    Returns losses and times, (N,), on the CPU. The times are spread evenly over 1..T; they and the
+    noise depend on the shape alone. A module is evaluated in eval mode, on its own device.
     """
     if isinstance(model, torch.nn.Module):
         model = copy.deepcopy(model).eval()  # the caller's keeps its mode
-        x_0 = x_0.to(next(model.parameters()).device)
+        x_0 = x_0.to(next(model.parameters(), x_0).device)
     rng = make_rng("test")
-    eps = torch.randn(x_0.shape, generator=rng).to(x_0.device)
+    eps = randn_like(x_0, rng)
     times = 1 + torch.arange(len(x_0)) * ddpm.T // len(x_0)
     times = times[torch.randperm(len(x_0), generator=rng)]
     losses = []
@@ -240,15 +243,13 @@ def evaluate(model, ddpm, x_0):
     return torch.cat(losses), times
 
 
-# Files
-
 def write_file(path, write):
-    """Let write(file) write beside path, then rename: path is the old file or the new, complete."""
-    beside = path.with_stem(f"{path.stem}.tmp")
+    """What write(file) writes goes beside path and is renamed: path is the old file or the new."""
+    content, beside = io.BytesIO(), path.with_name(f"{path.name}.tmp")
+    write(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            write(file)
+        beside.write_bytes(content.getbuffer())
         os.replace(beside, path)
     except OSError as error:
         raise InputError(f"{path} can't be written and is unchanged ({error})") from error
@@ -259,24 +260,25 @@ def read_checkpoint(path, checksum=None, **options):
 
     Nothing in the file is executed. InputError if it is damaged, of another model or other digits.
     """
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise InputError(f"{path} is not there: run python train.py first, or name another")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # compares the checksums, as torch.load does not
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        config, _ = Config(**state["config"]), DDPM(state["beta"])
+        config = Config(**state["config"])
+        DDPM(state["beta"])
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
         raise InputError(f"{path} is damaged or not of this train.py: train again") from error
-    if checksum is not None and state.get("data") != checksum:
+    if checksum is not None and state.get("data", checksum) != checksum:
         raise InputError(f"{path} was trained on other digits: name their folder with --data")
     trainer = Trainer(config, **options)
     try:
         trainer.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path} is not of the UNet of unet.py: read it with torch.load, and give "
-                         "it to load_state_dict of a Trainer with your own model") from error
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not of the UNet of unet.py: in Python, give read_checkpoint "
+                         "your model=, or use torch.load and load_state_dict") from error
     return trainer
 
 
@@ -285,17 +287,15 @@ def read_checkpoint(path, checksum=None, **options):
 def parse_flags():
     """The flags, and a dict of the settings of Config that are among them."""
     parser = argparse.ArgumentParser(description="Train a UNet to predict the noise in digits.")
-    settings = get_type_hints(Config, include_extras=True)
+    settings = Config.__annotations__
     options = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "+"}}
     for name, annotation in settings.items():
         kind, meaning = get_args(annotation)
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
                             **options.get(kind, {"type": kind}),
                             help=f"{meaning} (default: {getattr(Config, name)})")
-    parser.add_argument("--data", type=Path, default=MNIST, metavar="DIR",
-                        help="four files like those of MNIST (default: mnist/)")
-    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
-                        help="output folder (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=MNIST, help="folder of the four data files")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="output folder")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0])
     action = parser.add_mutually_exclusive_group()
@@ -312,9 +312,12 @@ def main():
     """Train, save the run every SAVE_EVERY steps, and measure the model on the test digits."""
     flags, given = parse_flags()
     path, replaceable = flags.out / "model.pt", flags.resume or flags.overwrite
-    taken = InputError(f"{path} holds a run: --resume it, --overwrite it, or choose another --out")
-    if path.exists() and not replaceable:
-        raise taken
+
+    def check_free():
+        if path.exists() and not replaceable:
+            raise InputError(f"{path} holds a run: --resume or --overwrite it, or change --out")
+
+    check_free()
     rank, world = 0, 1
     if distributed.is_available() and distributed.is_torchelastic_launched():
         distributed.init_process_group()
@@ -340,8 +343,7 @@ def main():
     for step in steps:
         trainer.train_step(images)
         if rank == 0 and (step % SAVE_EVERY == 0 or step == config.steps):
-            if path.exists() and not replaceable:  # another run began here after this one
-                raise taken
+            check_free()  # another run may have begun here after this one
             write_file(path, partial(torch.save, trainer.state_dict() | {"data": checksum}))
             replaceable = True
     if rank == 0:
