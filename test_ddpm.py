@@ -1,8 +1,7 @@
 """The exercise sheet as theorems, and after them what a user of the programs notices.
 
 A theorem, test_eq..., reaches one quantity by two independent routes, for random schedules, shapes
-and times (Hypothesis), or by Monte Carlo, within five standard errors. The theorems are about any
-DDPM. For your own, put mine.py with its class DDPM beside this file and run
+and times, or by Monte Carlo (five standard errors). For your own DDPM, put mine.py here and run
 
     DDPM_MODULE=mine python -m pytest -x -q --tb=short -k test_eq
 
@@ -18,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -94,6 +94,7 @@ def test_eq4_is_eq6_when_x_t_comes_from_eq5(c):
 # in 1-ᾱ costs few digits.
 
 torch.set_num_threads(1)  # threads only get in the way of tensors this small
+exactly = partial(torch.testing.assert_close, rtol=0, atol=0)
 OURS, F64, HERE = MODULE == "ddpm", torch.float64, Path(__file__).parent
 TOL, LOW, HIGH, DTYPE = (1e-9, 1e-3, 0.999, F64) if OURS else (1e-4, 0.05, 0.95, torch.float32)
 
@@ -108,10 +109,6 @@ def seeded(seed):
 
 def randn(*shape, seed=0, dtype=DTYPE):
     return torch.randn(shape, dtype=F64, generator=seeded(seed)).to(dtype)
-
-
-def exactly(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def close(actual, expected, tol=TOL):
@@ -314,7 +311,6 @@ def test_eq8_is_0_for_the_eps_of_x_t(c):
 
 @given(any_chain)
 def test_eq8_is_a_mean_over_every_element(c):
-    """So is its gradient."""
     size, squares = torch.tensor(3.0, dtype=DTYPE, requires_grad=True), c.y.square().mean().item()
     loss = loss_with_errors(c, size)
     close(loss, 9 * squares)
@@ -398,8 +394,7 @@ MISTAKES = {  # theorem: right code of ddpm.py, and a wrong one
     test_eq1_keeps_a_variance_of_1: [("beta.sqrt(), eps", "beta, eps")],
     test_eq5_is_the_iterated_eq1: [("(1 - self.alpha_bar[t]).sqrt()", "1 - self.alpha_bar[t]")],
     test_eq4_is_eq6_when_x_t_comes_from_eq5: [
-        ("x_t + per_sample(weight_0, x_t) * x_0", "x_0 + per_sample(weight_0, x_t) * x_t"),
-        ("beta / (1 - alpha_bar).sqrt(), x_t", "beta, x_t")],
+        ("x_t + per_sample(weight_0, x_t) * x_0", "x_0 + per_sample(weight_0, x_t) * x_t")],
     test_eq_methods_take_a_time_for_each_sample: [
         ("coefficient.reshape(-1, *[1] * (x.dim() - 1)).to(x)", "coefficient.to(x)")],
     test_eq5_solved_for_x_0_explains_x_t: [
@@ -423,14 +418,12 @@ MISTAKES = {  # theorem: right code of ddpm.py, and a wrong one
         ("torch.randint(1, self.T + 1", "torch.randint(0, self.T + 1")],
     test_eq8_is_0_for_the_eps_of_x_t: [
         ("(model, x_t, t)).square()", "(model, x_t, t - 1)).square()")],
-    test_eq8_is_a_mean_over_every_element: [
-        (".square().mean()", ".square().sum()"), (".square().mean()", ".abs().mean()")],
+    test_eq8_is_a_mean_over_every_element: [(".square().mean()", ".square().sum()")],
     test_eq8_draws_eps_for_every_element: [
         ("randn_like(x_0, generator)", "randn_like(x_0[:1], generator).expand_as(x_0)")],
     test_eq8_draws_anew_in_every_call: [
         ("eps = randn_like(x_0, generator)", "eps = randn_like(x_0, torch.manual_seed(0))")],
-    test_eq2_and_eq8_draw_from_the_generator: [
-        ("randn_like(x_t, generator)", "randn_like(x_t)")],
+    test_eq2_and_eq8_draw_from_the_generator: [("randn_like(x_t, generator)", "randn_like(x_t)")],
     test_eq_one_step_is_enough: [("(t > 1)", "((t > 1) | (self.T == 1))")],
     test_eq2_follows_the_linear_recursion: [
         ("predict_eps(model, x_t, t), t)", "predict_eps(model, x_t, t).clamp(-1, 1), t)")],
@@ -598,10 +591,8 @@ WRONG = [  # what the ValueError says, and a call that raises it: one row for ea
     ("symmetric", lambda: GaussianEps(D, X[0, :2], torch.tensor([[1.0, 0.5], [0, 1]]))),
     ("negative eigenvalue, got -1", lambda: GaussianEps(D, X[0, :2], [[1.0, 2], [2, 1]])),
     ("one or more, finite, got ", lambda: EmpiricalEps(D, X[:0])),
-    ("must be even", lambda: TimeEmbedding(3)),
     ("multiples of 4, one", unet((4, 6))),
     ("H and W multiples of 2", unet((4, 8), (2, 1, 6, 7), (2,))),
-    (r"shape \(2,\)", unet((4,), (2, 1, 8, 8), (1,))),
 ]
 
 
@@ -742,6 +733,8 @@ def test_the_trainer_trains_the_model_and_the_process_that_it_is_given():
     other.load_state_dict(trainer.state_dict())
     exactly(other.model.state_dict(), model.state_dict())
     assert other.losses == trainer.losses and other.ddpm.beta.equal(ddpm.beta)
+    a, b, c = (train.Trainer(train.Config(seed=seed)).model.conv_in.weight for seed in (0, 0, 1))
+    assert a.equal(b) and not a.equal(c)
 
 
 def test_evaluate_is_the_loss_of_each_picture_at_times_spread_evenly_in_any_order():
@@ -842,15 +835,6 @@ def saved(path=CHECKPOINT):
     return [state["losses"], state["model"], [each["state"] for each in state["optimizers"]]]
 
 
-def test_a_run_depends_on_its_seed_and_not_on_the_test_digits(folder):
-    whole = saved()
-    write_data(test=30)
-    command(f"train.py {SMALL} --overwrite --seed 1")
-    assert saved()[0] != whole[0]
-    command(f"train.py {SMALL} --overwrite --seed 0")
-    exactly(saved(), whole)
-
-
 def test_a_run_brings_the_loss_down_from_1_and_its_network_is_measured(finished, folder):
     trainer = train.read_checkpoint("out/model.pt")
     assert trainer.config == train.Config(60, 4, timesteps=8, channels=(4, 8))
@@ -922,9 +906,9 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_where_it_would_have(folder):
 def test_two_processes_train_as_one_on_whole_batches(folder):
     flags = f"{SMALL} --overwrite --steps 3 --batch-size 2 --lr 0.001".split()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.run([sys.executable, *torchrun, str(HERE / "train.py"), *flags],
-                             env=ENVIRONMENT, timeout=90, capture_output=True, encoding="utf-8")
-    assert process.returncode == 0 and process.stdout.count("test loss (8)") == 1, process.stderr
+    printed = subprocess.check_output([sys.executable, *torchrun, str(HERE / "train.py"), *flags],
+                                      env=ENVIRONMENT, timeout=90, encoding="utf-8")
+    assert printed.count("test loss (8)") == 1
     images, two = train.load_mnist("data")[0], train.read_checkpoint(CHECKPOINT)
     one, loss = train.Trainer(two.config), OurDDPM.loss
 
@@ -955,15 +939,6 @@ def test_a_bug_of_a_student_keeps_its_traceback(flags, folder, monkeypatch):
         command(f"train.py {flags}")
 
 
-def test_a_full_disk_leaves_the_earlier_file_whole(tmp_path):
-    path = tmp_path / "file"
-    train.write_file(path, lambda file: file.write(b"earlier"))
-    with (patch("os.replace", side_effect=OSError(28, "No space left on device")),
-          pytest.raises(train.InputError, match="file can't be written and is unchanged .*space")):
-        train.write_file(path, lambda file: file.write(b"later"))
-    assert path.read_bytes() == b"earlier"
-
-
 @pytest.mark.parametrize("name, tensors", [
     (DIGITS, lambda path: [train.read_idx(path, 3)]),
     (CHECKPOINT, lambda path: list(train.read_checkpoint(path).model.parameters()))], ids=str)
@@ -984,21 +959,13 @@ def test_a_damaged_file_is_refused_or_read_rightly(name, tensors, data, finished
         assert str(path) in str(error) and "\n" not in str(error)
 
 
-class Call:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 @pytest.mark.parametrize("change", [
-    {"model": Call()}, {"config": 1}, {"beta": torch.ones(3)}])
-def test_a_checkpoint_with_a_call_or_a_wrong_value_is_refused_unexecuted(change, folder):
+    {"model": Mock}, {"config": 1}, {"beta": torch.ones(3)}], ids=str)
+def test_a_checkpoint_with_code_or_a_wrong_value_is_refused(change, folder):
     torch.save(torch.load(CHECKPOINT, weights_only=True) | change, CHECKPOINT)
     with pytest.raises(train.InputError, match="model.pt is damaged or not of this"):
         train.read_checkpoint(CHECKPOINT)
-    assert not Path("executed").exists()
 
-
-# What is refused, in one sentence
 
 NEW, RESUME = "train.py --data data --out new", "train.py --data data --resume"
 DRAW = "figures.py --data data --digits 16"
@@ -1011,7 +978,7 @@ REFUSED = [
     (NEW, str(DIGITS), lambda: DIGITS.write_bytes(2 * DIGITS.read_bytes())),
     (NEW, "not an IDX file of grey pictures", lambda: write_idx(DIGITS, np.zeros((9, 8, 8, 3)))),
     (NEW, "one label", lambda: write_idx(DIGITS, np.zeros((5, 8, 8)))),
-    (f"{NEW} --channels 4 8 8 8 8", "must be multiples of 16", None),
+    (f"{NEW} --channels 4 8 8 8 8", "too many levels for images of (8, 8)", None),
     (f"{NEW}/x --steps 1", "can't be written", lambda: Path("new").write_bytes(b"")),
     ("train.py --data data", "--resume or --overwrite it", None),
     ("train.py --resume --out fresh", "fresh/model.pt is not there", None),
@@ -1205,10 +1172,8 @@ def test_the_python_of_the_readme_runs_as_it_stands(folder):
 
 
 def test_every_name_after_k_in_the_readme_selects_a_test():
-    readme = read("README.md")
-    names = re.findall(r"`-k (\w+)`", readme)
-    for row in re.findall(r"^\|.*\| (`\w+`(?:, `\w+`)*) \|$", readme, re.MULTILINE):
+    names = re.findall(r"`-k (\w+)`", read("README.md"))
+    for row in re.findall(r"^\|.*\| (`\w+`(?:, `\w+`)*) \|$", read("README.md"), re.MULTILINE):
         names += re.findall(r"\w+", row)
-    assert len(names) > 20
-    for name in names:
-        assert any(name in test for test in globals() if test.startswith("test_")), name
+    tests = " ".join(name for name in globals() if name.startswith("test_"))
+    assert len(names) > 20 and [name for name in names if name not in tests] == []

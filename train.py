@@ -267,8 +267,7 @@ def read_checkpoint(path, checksum=None, **options):
             if archive.testzip():  # compares the checksums, as torch.load does not
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        config = Config(**state["config"])
-        DDPM(state["beta"])
+        config, _ = Config(**state["config"]), DDPM(state["beta"])  # raise if they are wrong
     except Exception as error:  # damaged bytes can make torch.load raise almost anything
         raise InputError(f"{path} is damaged or not of this train.py: train again") from error
     if checksum is not None and state.get("data", checksum) != checksum:
@@ -330,9 +329,8 @@ def main():
     else:
         trainer = Trainer(Config(**given), device=flags.device, rank=rank, world=world)
     config, done = trainer.config, len(trainer.losses)
-    factor = 2 ** (len(config.channels) - 1)
-    if any(side % factor for side in images.shape[2:]):
-        raise InputError(f"--channels: the sides must be multiples of {factor}, so give fewer")
+    if any(side % 2 ** (len(config.channels) - 1) for side in images.shape[2:]):
+        raise InputError(f"--channels: too many levels for images of {tuple(images.shape[2:])}")
     if config.batch_size % world:
         raise InputError(f"{world} processes can't share a batch of {config.batch_size} equally")
 
