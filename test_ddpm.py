@@ -886,19 +886,17 @@ def test_the_first_save_does_not_replace_a_run_that_began_in_the_same_folder(fol
 def test_a_killed_run_goes_on_and_ends_bit_for_bit_where_it_would_have(folder):
     """Killed at any moment, also during a write: with a save after every step, most are writing."""
     program = "import train; train.SAVE_EVERY = 1; train.run_command(train.main)"
-    flags = SMALL.replace("--steps 60", "--steps 150")
-    run = [sys.executable, "-c", program, *flags.split(), "--out", "killed"]
+    run = [sys.executable, "-c", program, *SMALL.split(), "--out", "killed"]
     process, killed = subprocess.Popen(run, env=ENVIRONMENT), Path("killed/model.pt")
     deadline = time.monotonic() + 90
     while not killed.exists():
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.01)
     process.kill()
     process.wait()
-    assert len(saved(killed)[0]) < 150
+    assert len(saved(killed)[0]) < 60
     command("train.py --resume --data data --out killed")
-    command(f"train.py {flags} --out whole")
-    exactly(saved(killed), saved("whole/model.pt"))
+    exactly(saved(killed), saved())
     assert len(os.listdir("killed")) <= 2  # and the file that was being written
 
 
@@ -942,6 +940,7 @@ def test_a_bug_of_a_student_keeps_its_traceback(flags, folder, monkeypatch):
 @pytest.mark.parametrize("name, tensors", [
     (DIGITS, lambda path: [train.read_idx(path, 3)]),
     (CHECKPOINT, lambda path: list(train.read_checkpoint(path).model.parameters()))], ids=str)
+@settings(max_examples=20)
 @hypothesis.given(data=st.data())
 def test_a_damaged_file_is_refused_or_read_rightly(name, tensors, data, finished, tmp_path_factory):
     """Cut short, with up to three bytes changed, or random; refused in one line."""
