@@ -565,7 +565,7 @@ def test_rounding_in_a_covariance_is_mended_and_numpy_arrays_are_welcome():
     d, x = OurDDPM([0.5, 1e-6]), randn(3, 2)
     exact = GaussianEps(d, np.zeros(2), np.diag([1.0, 0]))(x, 1)
     close(GaussianEps(d, np.zeros(2), [[1, 0], [0, -1e-6 / (1 - 1e-6)]])(x, 1), exact)
-    cov = torch.tensor([[1e3, 3e-5], [0, 1e3]])
+    cov = torch.tensor([[1e3, 0.08], [0, 1e3]])
     close(GaussianEps(d, torch.zeros(2), cov)(x, 1), GaussianEps(d, torch.zeros(2), cov.T)(x, 1))
     close(EmpiricalEps(d, x.numpy())(x, 1), EmpiricalEps(d, x)(x, 1))
 
@@ -576,12 +576,14 @@ def unet(channels, *shapes):
 
 WRONG = [  # what the ValueError says, and a call that raises it: one row for each kind
     (r"T\+1 ≥ 2 numbers, .*\(1,\)", lambda: OurDDPM([0.1])),
-    (r"in \(0, 1\), got 0.1 to 1$", lambda: OurDDPM([0.2, 1.0, 0.1])),
+    (r"in \(0, 1\), got 0.1 to 1$", lambda: OurDDPM([0.01, 1.0, 0.1])),
+    (r"in \(0, 1\), got 1e-17 to 0.1$", lambda: OurDDPM([0.2, 1e-17, 0.1])),
     ("is 7.89e-31, below 1e-30: take fewer steps", lambda: OurDDPM([0.2] + 100 * [0.5])),
     ("not empty", lambda: D.loss(wave, X[:0])),
     ("float tensor .*ndarray", lambda: D.q_sample(X.numpy(), 1, X)),
     (r"both tensors must be .*\(2, 5\) on .*\(2, 4\) on", lambda: D.posterior_mean(X, X[:, 1:], 1)),
     ("int64 tensor .*float", lambda: D.posterior_variance(1.0)),
+    (r"int64 tensor .*\(2, 1\)", lambda: D.q_sample(X, torch.tensor([[1], [2]]), X)),
     ("one time for each of 2 samples, got 3", lambda: D.q_sample(X, torch.tensor([1, 2, 3]), X)),
     (r"model must return .*\(2, 5\).* got .*\(1, 5\)", lambda: D.loss(lambda x, t: x[:1], X)),
     ("takes 3 positional arguments", lambda: D.loss(wave, X, X)),
