@@ -797,7 +797,6 @@ def command(line, codes=(0,)):
 
 
 def write_idx(path, array):
-    """An array of 0..255 as a gzipped IDX file of bytes."""
     header = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
     Path(path).write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0))
 
@@ -814,7 +813,6 @@ def write_data(train=60, test=40, side=8, seed=0):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The files of a small run on such data."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(tmp_path_factory.mktemp("finished"))
         write_data()
@@ -824,7 +822,6 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def folder(finished, tmp_path, monkeypatch):
-    """A copy of them for one test, which works there."""
     monkeypatch.chdir(tmp_path)
     for path, content in finished.items():
         path.parent.mkdir(exist_ok=True)
@@ -927,9 +924,13 @@ def test_two_processes_train_as_one_on_whole_batches(folder):
     torch.testing.assert_close(two.model.state_dict(), one.model.state_dict())
 
 
-def test_what_a_cluster_leaves_in_the_environment_does_not_matter(folder):
-    with patch.dict(os.environ, RANK="1", WORLD_SIZE="x", LOCAL_RANK="3"):
+def test_torchrun_alone_says_how_many_processes_share_a_batch(folder):
+    with patch.dict(os.environ, RANK="1", WORLD_SIZE="x", LOCAL_RANK="3"):  # left by a cluster
         assert "test loss" in command(f"train.py {SMALL} --steps 1 --out new")
+    three = {"is_torchelastic_launched": lambda: True, "init_process_group": Mock(),
+             "get_rank": lambda: 0, "get_world_size": lambda: 3}
+    with patch.multiple(torch.distributed, **three), patch("atexit.register"):
+        assert "3 processes can't share a batch of 4" in command(f"train.py {SMALL} --out 3", [1])
 
 
 @pytest.mark.parametrize("flags", [f"{SMALL} --out new", "--data data --resume"])
@@ -1082,7 +1083,6 @@ def test_figures_draws_a_network_beside_others_and_leaves_the_runs_alone(folder,
 # The text
 
 def rounded(value, error):
-    """Both, to the first digit of the error."""
     digits = max(0, -math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
