@@ -125,7 +125,7 @@ class DDPM:
         t = self.T if t is None else t
         self.check(t, x_t)
         for s in range(t, 0, -1):
-            times = torch.full((len(x_t),), s)
+            times = torch.full((len(x_t),), s, device="cpu")
             x_t = self.p_sample(model, x_t, times, variance=variance, generator=generator)
             yield s - 1, x_t
 
