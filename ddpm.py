@@ -17,20 +17,21 @@ def per_sample(coefficient, x):
     return coefficient.reshape(-1, *[1] * (x.dim() - 1)).to(x)
 
 
-def describe(x):
-    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if torch.is_tensor(x) else type(x).__name__
-
-
 def randn_like(x, generator=None):
     """N(0, 1) noise like x, drawn on the generator's device: one on the CPU serves all devices."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
+def describe(x):
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if torch.is_tensor(x) else type(x).__name__
+
+
 class DDPM:
     """A diffusion process, given by its β.
 
-    beta: T+1 numbers β_0..β_T; ValueError unless β_1..β_T lie in (0, 1) and ᾱ_T ≥ 1e-30.
+    beta: T+1 numbers β_0..β_T, of which β_0 is never used: the T numbers of a tutorial go in as
+        [0, *betas]. ValueError unless β_1..β_T lie in (0, 1) and ᾱ_T ≥ 1e-30.
     T: the number of steps; beta, alpha, alpha_bar: float64 tables of T+1 entries indexed by t,
         with α_t = 1 - β_t, ᾱ_t = ∏_{1 ≤ s ≤ t} α_s, and ᾱ_0 = 1 since x_0 is the data itself.
 
@@ -45,9 +46,9 @@ class DDPM:
             raise ValueError(f"beta must be T+1 ≥ 2 numbers, got shape {tuple(self.beta.shape)}")
         self.T = len(self.beta) - 1
         self.alpha = 1 - self.beta
-        if not ((self.alpha[1:] > 0) & (self.alpha[1:] < 1)).all():
-            low, high = self.beta[1:].aminmax()
-            raise ValueError(f"β_1..β_T must lie in (0, 1), got {low:.3g} to {high:.3g}")
+        low, high = self.alpha[1:].aminmax()
+        if not 0 < low <= high < 1:
+            raise ValueError(f"β_1..β_T must lie in (0, 1), got {1 - high:.3g} to {1 - low:.3g}")
         self.alpha_bar = torch.cat([self.alpha.new_ones(1), self.alpha[1:]]).cumprod(0)
         if self.alpha_bar[-1] < 1e-30:  # the squares of x̂_0, about 1 / ᾱ_T, stay finite in float32
             raise ValueError(f"ᾱ_T is {self.alpha_bar[-1]:.3g}, below 1e-30: take fewer steps")
@@ -58,13 +59,25 @@ class DDPM:
         """x_t from x_{t-1}, eq. (1): √(1-β_t) x_{t-1} + √β_t ε."""
         t = self.check(t, x_prev, eps)
         beta = self.beta[t]
-        return per_sample((1 - beta).sqrt(), x_prev) * x_prev + per_sample(beta.sqrt(), eps) * eps
+        mean = per_sample((1 - beta).sqrt(), x_prev) * x_prev
+        return mean + per_sample(beta.sqrt(), eps) * eps
+
+    def q_step_loop(self, x, *, generator=None):
+        """The forward process from x = x_0 up to x_T, eq. (1) for t = 1, 2, ..., T.
+
+        Yields (t, x_t) for t = 1, ..., T, each x_t a copy. Sheet (3).
+        """
+        for t in range(1, self.T + 1):
+            self.check(t, x)
+            x = self.q_step(x, t, randn_like(x, generator))
+            yield t, x.clone()
 
     def q_sample(self, x_0, t, eps):
         """x_t straight from x_0, eq. (5): √ᾱ_t x_0 + √(1-ᾱ_t) ε."""
         t = self.check(t, x_0, eps)
-        signal, noise = self.alpha_bar[t].sqrt(), (1 - self.alpha_bar[t]).sqrt()
-        return per_sample(signal, x_0) * x_0 + per_sample(noise, eps) * eps
+        alpha_bar = self.alpha_bar[t]
+        mean = per_sample(alpha_bar.sqrt(), x_0) * x_0
+        return mean + per_sample((1 - alpha_bar).sqrt(), eps) * eps
 
     # 2. Reverse process
 
@@ -74,8 +87,10 @@ class DDPM:
         μ(x_t, x_0) = √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t + √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0.
         """
         t = self.check(t, x_t, x_0)
-        beta, alpha = self.beta[t], self.alpha[t]
-        alpha_bar, alpha_bar_prev = self.alpha_bar[t], self.alpha_bar[t - 1]
+        beta = self.beta[t]
+        alpha = self.alpha[t]
+        alpha_bar = self.alpha_bar[t]
+        alpha_bar_prev = self.alpha_bar[t - 1]
         weight_t = alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
         weight_0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
         return per_sample(weight_t, x_t) * x_t + per_sample(weight_0, x_t) * x_0
@@ -98,9 +113,17 @@ class DDPM:
     def mean_from_eps(self, x_t, eps, t):
         """The mean (4) written with ε, eqs. (6) and (7): (x_t - β_t/√(1-ᾱ_t) ε) / √α_t."""
         t = self.check(t, x_t, eps)
-        beta, alpha, alpha_bar = self.beta[t], self.alpha[t], self.alpha_bar[t]
-        noise = per_sample(beta / (1 - alpha_bar).sqrt(), x_t) * eps
-        return (x_t - noise) / per_sample(alpha.sqrt(), x_t)
+        alpha_bar = self.alpha_bar[t]
+        noise = per_sample(self.beta[t] / (1 - alpha_bar).sqrt(), x_t) * eps
+        return (x_t - noise) / per_sample(self.alpha[t].sqrt(), x_t)
+
+    def predict_eps(self, model, x_t, t):
+        """ε_θ(x_t, t) of (7) and (8). A subclass can convert a model that predicts x_0."""
+        t = self.check(t, x_t)
+        eps = model(x_t, t.to(x_t.device))
+        if not torch.is_tensor(eps) or eps.shape != x_t.shape:  # it would broadcast silently
+            raise ValueError(f"model must return {describe(x_t)}, got {describe(eps)}")
+        return eps.to(x_t.dtype)
 
     @torch.no_grad()
     def p_sample(self, model, x_t, t, *, variance="beta", generator=None):
@@ -120,14 +143,16 @@ class DDPM:
     def p_sample_loop(self, model, x_t, t=None, *, variance="beta", generator=None):
         """The reverse process from x_t down to x_0, eq. (2) for t, t-1, ..., 1.
 
-        Yields (s, x_s) for s = t-1, ..., 0. t: the time of x_t, an int, T if None. See p_sample.
+        Yields (s, x_s) for s = t-1, ..., 0, each x_s a copy: to steer the process (inpainting,
+        say), write this loop with p_sample. t: the time of x_t, one int, T if None. See p_sample.
+        Call model.eval() before: dropout and batch norm behave as the module's mode says.
         """
-        t = self.T if t is None else t
-        self.check(t, x_t)
+        t = self.check(self.T if t is None else t)
+        if t.dim():
+            raise ValueError(f"t must be one int, the time of all samples, got {describe(t)}")
         for s in range(t, 0, -1):
-            times = torch.full((len(x_t),), s, device="cpu")
-            x_t = self.p_sample(model, x_t, times, variance=variance, generator=generator)
-            yield s - 1, x_t
+            x_t = self.p_sample(model, x_t, s, variance=variance, generator=generator)
+            yield s - 1, x_t.clone()
 
     # 5. Loss
 
@@ -143,22 +168,15 @@ class DDPM:
         x_t = self.q_sample(x_0, t, eps)
         return (eps - self.predict_eps(model, x_t, t)).square().mean()
 
-    def predict_eps(self, model, x_t, t):
-        """ε_θ(x_t, t) of (7) and (8). A subclass can convert a model that predicts x_0."""
-        t = self.check(t, x_t)
-        eps = model(x_t, t.to(x_t.device))
-        if not torch.is_tensor(eps) or eps.shape != x_t.shape:  # it would broadcast silently
-            raise ValueError(f"model must return {describe(x_t)}, got {describe(eps)}")
-        return eps.to(x_t.dtype)
-
-    # Checks of arguments
+    # All methods begin with this
 
     def check(self, t, x=None, other=None):
         """t on the CPU, one for each sample of x; ValueError if t or the tensors do not fit."""
         is_float = torch.is_tensor(x) and x.is_floating_point()
         if x is not None and not (is_float and x.dim() and x.numel()):
             raise ValueError(f"x must be a float tensor (B, ...), not empty, got {describe(x)}")
-        if other is not None and describe(x) != describe(other):
+        is_like_x = torch.is_tensor(other) and (other.shape, other.dtype) == (x.shape, x.dtype)
+        if other is not None and not is_like_x:
             raise ValueError(f"both tensors must be {describe(x)}, got {describe(other)}")
         t = torch.as_tensor(t, device="cpu")
         if t.dtype != torch.int64 or t.dim() > 1:
@@ -169,6 +187,15 @@ class DDPM:
         if outside.any():
             raise ValueError(f"t must be in 1..{self.T}, got {t[outside][0]}")
         return t if x is None else t.expand(len(x))
+
+
+# The exact ε in the place of a network, for two kinds of data
+
+def finite_floats(data):
+    data = torch.as_tensor(data)
+    if not data.is_floating_point() or not data.numel() or not data.isfinite().all():
+        raise ValueError(f"the data must be finite floats, one or more, got {describe(data)}")
+    return data
 
 
 class GaussianEps:
@@ -184,11 +211,12 @@ class GaussianEps:
 
     def __init__(self, ddpm, mean, cov):
         self.ddpm = ddpm
-        self.mean = torch.as_tensor(mean, dtype=torch.float64).flatten()
+        self.mean = torch.as_tensor(mean, dtype=torch.float64)
         cov = torch.as_tensor(cov, dtype=torch.float64)
-        D, rounding = len(self.mean), 1e-4 * cov.abs().max()  # of a covariance in float32
-        finite = self.mean.isfinite().all() and cov.isfinite().all()
-        if not finite or cov.shape != (D, D) or (cov - cov.T).abs().max() > rounding:
+        D = self.mean.numel()
+        rounding = 1e-4 * cov.abs().max()  # of a covariance in float32
+        is_finite = self.mean.isfinite().all() and cov.isfinite().all()
+        if not is_finite or cov.shape != (D, D) or (cov - cov.T).abs().max() > rounding:
             raise ValueError(f"mean and cov must be finite, cov {D} x {D} and symmetric")
         eigenvalues, self.eigenvectors = torch.linalg.eigh((cov + cov.T) / 2)
         if eigenvalues[0] < -rounding:
@@ -198,16 +226,24 @@ class GaussianEps:
     @classmethod
     def fit(cls, ddpm, x):
         """With the mean and covariance of data x, (N, ...): the best linear denoiser of it."""
-        x = torch.as_tensor(x, dtype=torch.float32).reshape(len(x), -1)
-        return cls(ddpm, x.mean(0), torch.atleast_2d(x.T.cov(correction=0)))
+        x = finite_floats(x).float()
+        return cls(ddpm, x.mean(0), torch.atleast_2d(x.flatten(1).T.cov(correction=0)))
 
     def __call__(self, x_t, t):
         t = self.ddpm.check(t, x_t)
-        x = x_t.reshape(len(x_t), len(self.mean)).double()
+        x = x_t.reshape(len(x_t), self.mean.numel()).double()
         alpha_bar = per_sample(self.ddpm.alpha_bar[t], x)
-        x = (x - alpha_bar.sqrt() * self.mean) @ self.eigenvectors
+        x = (x - alpha_bar.sqrt() * self.mean.flatten()) @ self.eigenvectors
         x = (1 - alpha_bar).sqrt() * x / (alpha_bar * self.eigenvalues + 1 - alpha_bar)
         return (x @ self.eigenvectors.T).to(x_t).reshape(x_t.shape)
+
+    def sample_x_T(self, n, *, generator=None):
+        """n draws of x_T, of the shape of the mean, float32: N(√ᾱ_T m, ᾱ_T C + (1-ᾱ_T) I)."""
+        alpha_bar = self.ddpm.alpha_bar[-1]
+        variances = alpha_bar * self.eigenvalues + 1 - alpha_bar
+        z = randn_like(self.mean.flatten().expand(n, -1), generator)
+        noise = z * variances.sqrt() @ self.eigenvectors.T
+        return (alpha_bar.sqrt() * self.mean + noise.reshape(n, *self.mean.shape)).float()
 
 
 class EmpiricalEps:
@@ -217,22 +253,22 @@ class EmpiricalEps:
         E[x_0 | x_t] = Σ w_i x_i, and (5) gives E[ε | x_t] = (x_t - √ᾱ E[x_0 | x_t]) / √(1-ᾱ).
         ‖x_t‖² is common to all i and drops out of the softmax.
 
-    points: (N, ...), N ≥ 1, on the device of x_t; the arithmetic is in their dtype. ValueError if
-    there is none, or one is not finite. Called like a model.
+    points: finite floats (N, ...), N ≥ 1, on the device of x_t; the arithmetic is in their dtype.
+    ValueError if they are not. Called like a model.
     """
 
     def __init__(self, ddpm, points):
-        points = torch.as_tensor(points)
-        if not points.numel() or not points.isfinite().all():
-            raise ValueError(f"points must be one or more, finite, got {describe(points)}")
-        self.ddpm, self.points = ddpm, points.reshape(len(points), -1)
+        self.ddpm = ddpm
+        points = finite_floats(points)
+        self.points = points.reshape(len(points), -1)
         self.half_norms = self.points.square().sum(1) / 2
 
     def __call__(self, x_t, t):
         t = self.ddpm.check(t, x_t)
         x = x_t.reshape(len(x_t), self.points.shape[1]).to(self.points.dtype)
         alpha_bar = self.ddpm.alpha_bar[t]
-        signal, noise = per_sample(alpha_bar.sqrt(), x), per_sample((1 - alpha_bar).sqrt(), x)
-        exponents = (signal * x @ self.points.T - signal**2 * self.half_norms) / noise**2
+        signal = per_sample(alpha_bar.sqrt(), x)
+        sigma = per_sample((1 - alpha_bar).sqrt(), x)
+        exponents = (signal * x @ self.points.T - signal**2 * self.half_norms) / sigma**2
         x_0 = exponents.softmax(1) @ self.points
-        return ((x - signal * x_0) / noise).to(x_t).reshape(x_t.shape)
+        return ((x - signal * x_0) / sigma).to(x_t).reshape(x_t.shape)

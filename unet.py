@@ -20,7 +20,9 @@ class TimeEmbedding(nn.Module):
         if dim < 2 or dim % 2:
             raise ValueError(f"dim must be even and at least 2, got {dim}")
         self.dim = dim
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, dim), nn.SiLU(),
+            nn.Linear(dim, dim), nn.SiLU())
 
     def sinusoids(self, t):
         """The sines, then the cosines of t at each frequency: (B, dim), float32."""
@@ -37,21 +39,24 @@ class ResidualBlock(nn.Module):
 
     The time enters as a scale and a shift for each channel. The scale matters: the gain from a
     picture to its noise is 1/√(1-ᾱ_t), from 71 at t = 1 to 1.07 at t = 200.
+
+    Input: x (B, width_in, H, W), emb (B, time_dim). Output: (B, width, H, W).
     """
 
     def __init__(self, width_in, width, time_dim):
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.norm = nn.GroupNorm(width // 4, width)
-        self.time = nn.Linear(time_dim, 2 * width)
+        self.scale_shift = nn.Linear(time_dim, 2 * width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.shortcut = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
-        for layer in self.time, self.conv2:
+        # Zeros at the start: no scale, no shift, no correction.
+        for layer in self.scale_shift, self.conv2:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, time):
-        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
+    def forward(self, x, emb):
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
         h = self.norm(self.conv1(x)) * (1 + scale) + shift
         return self.shortcut(x) + self.conv2(F.silu(h))
 
@@ -80,43 +85,64 @@ class UNet(nn.Module):
         super().__init__()
         if not channels or any(width < 4 or width % 4 for width in channels):
             raise ValueError(f"channels must be multiples of 4, one or more, got {tuple(channels)}")
-        self.in_channels, self.time_conditioning = in_channels, time_conditioning
-        self.time = TimeEmbedding(time_dim)
+        self.in_channels = in_channels
+        self.time_conditioning = time_conditioning
+        self.time_embedding = TimeEmbedding(time_dim)
         *outer, inner = channels
-        pairs = list(zip(channels, channels[1:]))
+        steps = list(zip(channels, channels[1:]))  # from each level to the next one below
 
         def blocks(width_in, width):
-            return nn.ModuleList(ResidualBlock(w, width, time_dim) for w in (width_in, width))
+            first = ResidualBlock(width_in, width, time_dim)
+            return nn.ModuleList([first, ResidualBlock(width, width, time_dim)])
 
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(blocks(c, c) for c in outer)
-        self.downsample = nn.ModuleList(nn.Conv2d(above, below, 1) for above, below in pairs)
+
+        # down: each level has two blocks, then a 1x1 convolution to the width of the next
+        self.down_blocks = nn.ModuleList(blocks(width, width) for width in outer)
+        self.downsample = nn.ModuleList(nn.Conv2d(above, below, 1) for above, below in steps)
+
+        # middle: the lowest level
         self.middle = blocks(inner, inner)
-        self.upsample = nn.ModuleList(nn.Conv2d(below, above, 1) for above, below in pairs[::-1])
-        self.up_blocks = nn.ModuleList(blocks(2 * c, c) for c in reversed(outer))
+
+        # up: the same backwards; the first block of a level takes the skip connection too
+        steps.reverse()
+        self.upsample = nn.ModuleList(nn.Conv2d(below, above, 1) for above, below in steps)
+        self.up_blocks = nn.ModuleList(blocks(2 * width, width) for width in reversed(outer))
+
+        # out: from zero, so that an untrained network predicts no noise
         self.norm = nn.GroupNorm(channels[0] // 4, channels[0])
         self.conv_out = nn.Conv2d(channels[0], in_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x, t):
-        self._check(x, t)
-        time = self.time(t if self.time_conditioning else torch.zeros_like(t))
-        h, skips = self.conv_in(x), []
+        self.check_shapes(x, t)
+        emb = self.time_embedding(t if self.time_conditioning else torch.zeros_like(t))
+        h = self.conv_in(x)
+
+        # down: 16x28x28 to 64x7x7 for a digit
+        skips = []
         for blocks, downsample in zip(self.down_blocks, self.downsample):
             for block in blocks:
-                h = block(h, time)
+                h = block(h, emb)
             skips.append(h)
             h = downsample(F.avg_pool2d(h, 2))
+
+        # middle: 64x7x7
         for block in self.middle:
-            h = block(h, time)
+            h = block(h, emb)
+
+        # up: 64x7x7 to 16x28x28
         for upsample, blocks in zip(self.upsample, self.up_blocks):
-            h = torch.cat([F.interpolate(upsample(h), scale_factor=2), skips.pop()], dim=1)
+            h = F.interpolate(upsample(h), scale_factor=2)
+            h = torch.cat([h, skips.pop()], dim=1)
             for block in blocks:
-                h = block(h, time)
+                h = block(h, emb)
+
+        # out: 1x28x28
         return self.conv_out(F.silu(self.norm(h)))
 
-    def _check(self, x, t):
+    def check_shapes(self, x, t):
         factor = 2 ** len(self.downsample)
         is_picture = x.dim() == 4 and x.shape[1] == self.in_channels
         if not is_picture or x.shape[2] % factor or x.shape[3] % factor:
