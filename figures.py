@@ -22,21 +22,29 @@ import train
 from ddpm import DDPM, EmpiricalEps, GaussianEps, linear_beta
 from unet import TimeEmbedding
 
-# Where denoising is measured, as fractions of T; if True, by the (slow) reverse process too.
-TIMES = {0.05: False, 0.125: False, 0.25: True, 0.5: True, 0.75: False, 1: True}
-CONDOR = Path(__file__).parent / "condor.png"
-SHOWN = 16  # digits whose way through the reverse process is drawn
+CONDOR = Path(__file__).resolve().parent / "condor.png"
+DENOISED_AT = (0.05, 0.125, 0.25, 0.5, 0.75, 1)  # where denoising is measured, as fractions of T
+REVERSED_AT = (0.25, 0.5, 1)  # of these, where the reverse process (slow) is measured too
+SHOWN = 16  # the first digits, from which those in the pictures are chosen
 
 # One thing has one colour (Okabe and Ito's, safe for the colour-blind) in all figures.
-SIGNAL, NOISE = "#CC79A7", "#7f7f7f"
+SIGNAL = "#CC79A7"
+NOISE = "#7f7f7f"
+NETWORK = "#0072B2"
+REVERSE = "#D55E00"
 STYLES = {
-    "noisy": {"color": NOISE, "marker": "x", "label": r"no denoising, $x_t/\sqrt{\bar{\alpha}_t}$"},
+    "noisy": {"color": NOISE, "marker": "x", "label": "no denoising"},
     "linear": {"color": "#E69F00", "marker": "s", "label": "best linear denoiser (Wiener)"},
     "memorising": {"color": "#009E73", "marker": "^", "label": "memorising denoiser"},
-    "network": {"color": "#0072B2", "marker": "o", "label": r"network, estimate $\hat{x}_0$"},
-    "reverse": {"color": "#D55E00", "marker": "D", "label": "network, reverse process"},
+    "network": {"color": NETWORK, "marker": "o", "label": "network"},
 }
-NETWORK, REVERSE = STYLES["network"]["color"], STYLES["reverse"]["color"]
+ROWS = {
+    "noisy": r"no denoising, $x_t/\sqrt{\bar{\alpha}_t}$",
+    "linear": "best linear denoiser (Wiener)",
+    "memorising": "memorising denoiser",
+    "network": r"network, estimate $\hat{x}_0$",
+    "reverse": "network, reverse process",
+}
 RC = {"font.size": 12, "axes.titlesize": 13, "legend.fontsize": 12, "legend.frameon": False,
       "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
       "lines.linewidth": 2, "savefig.dpi": 150, "savefig.bbox": "tight",
@@ -66,25 +74,27 @@ def plain_ticks(axis, digits):
 # Sheet 1 to 4: pictures that need no network
 
 def read_image(path):
-    """A PNG file as (3, H, W) in [-1, 1]."""
-    return torch.tensor(imread(path)[..., :3]).permute(2, 0, 1) * 2 - 1
-
-
-def forward_process(ddpm, x, rng):
-    """Sheet (3): (t, x_t) for t = 1, ..., T, by the steps (1) from x_0."""
-    for t in range(1, ddpm.T + 1):
-        x = ddpm.q_step(x, t, torch.randn(x.shape, generator=rng))
-        yield t, x
+    """A photo or drawing, PNG or JPEG, as (3, H, W) in [-1, 1]; what is transparent is white."""
+    try:
+        pixels = imread(path, format="any")  # by its content, whatever its name
+    except Exception as error:  # damaged bytes can make Pillow raise almost anything
+        raise train.InputError(f"{path} must be a PNG or JPEG picture: {error}") from error
+    if pixels.dtype.kind == "u":  # of a JPEG; those of a PNG are from 0 to 1
+        pixels = np.float32(pixels) / np.iinfo(pixels.dtype).max
+    x = torch.tensor(pixels).reshape(*pixels.shape[:2], -1)
+    if x.shape[2] in (2, 4):
+        x = 1 - x[..., -1:] * (1 - x[..., :-1])
+    return x.expand(-1, -1, 3).permute(2, 0, 1) * 2 - 1
 
 
 def draw_forward(image):
     """Sheet (3): x_0, x_3, x_10, x_30, x_100, x_200 of one path of (1)."""
-    ddpm, rng = DDPM(linear_beta()), train.make_rng("figures")
+    ddpm = DDPM(linear_beta())
     figure, axes = new_figure(12, 8.6, 2, 3)
     cells = dict(zip((0, 3, 10, 30, 100, 200), axes.flat, strict=True))
     show(cells[0], image)
     cells[0].set_title("$x_0$", fontsize=20)
-    for t, x in forward_process(ddpm, image[None], rng):
+    for t, x in ddpm.q_step_loop(image[None], generator=train.make_rng("figures")):
         if t in cells:
             signal = ddpm.alpha_bar[t].item()
             show(cells[t], x[0])
@@ -97,25 +107,32 @@ def draw_forward(image):
 def draw_marginal(images):
     """Question 1: the pixels of x_t over the data, and paths of (1) from one pixel, with (5)."""
     x_0 = train.to_pixels(images[:2000])
-    ddpm, rng = DDPM(linear_beta()), train.make_rng("figures")
+    ddpm = DDPM(linear_beta())
+    rng = train.make_rng("figures")
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplot_mosaic([[0, 30, 100, 200], ["paths"] * 4])
+
+    # above: histograms of all pixels
     grid = torch.linspace(-4, 4, 400)
+    density = (-grid**2 / 2).exp() / (2 * np.pi) ** 0.5
     for t in 0, 30, 100, 200:
         eps = torch.randn(x_0.shape, generator=rng)
         x_t = ddpm.q_sample(x_0, t, eps) if t else x_0
         axes[t].hist(x_t.flatten().numpy(), 160, range=(-4, 4), density=True, color=SIGNAL)
-        axes[t].plot(grid, (-grid**2 / 2).exp() / (2 * np.pi) ** 0.5, "--", color=NOISE,
-                     label=r"$\mathcal{N}(0, 1)$")
+        axes[t].plot(grid, density, "--", color=NOISE, label=r"$\mathcal{N}(0, 1)$")
         axes[t].set(title=f"the data at t = {t}", xlabel="$x_t$, all pixels", ylim=(0, 1.5),
                     xticks=(-3, -1, 1, 3))
     axes[0].set_ylabel(f"density, cut at 1.5 ({(x_0 == -1).float().mean():.0%} are black)")
     axes[0].legend()
-    x_0 = torch.ones(40)
-    path = torch.stack([x_0] + [x for _, x in forward_process(ddpm, x_0, rng)])
+
+    # below: 40 paths of one pixel, and what (5) says of them
     below = axes["paths"]
+    x_0 = torch.ones(40)
+    steps = ddpm.q_step_loop(x_0, generator=rng)
+    path = torch.stack([x_0] + [x for _, x in steps])
     below.plot(path, color=NOISE, linewidth=0.7, alpha=0.6)
-    mean, deviation = ddpm.alpha_bar.sqrt(), (1 - ddpm.alpha_bar).sqrt()
+    mean = ddpm.alpha_bar.sqrt()
+    deviation = (1 - ddpm.alpha_bar).sqrt()
     below.plot(mean, color=SIGNAL, label=r"mean of (5): $\sqrt{\bar{\alpha}_t}\,x_0$")
     below.fill_between(range(ddpm.T + 1), mean - 2 * deviation, mean + 2 * deviation, color=SIGNAL,
                        alpha=0.25, label=r"± 2 standard deviations $\sqrt{1-\bar{\alpha}_t}$")
@@ -132,12 +149,16 @@ def gaussian(x, mean, variance):
 
 def draw_bayes():
     """Question 2 for a single pixel: what x_0 says of x_{t-1}, what x_t says, and both together."""
-    ddpm, x_0 = DDPM(linear_beta()), torch.tensor([1.0])
+    ddpm = DDPM(linear_beta())
+    x_0 = torch.tensor([1.0])
     figure, axes = new_figure(13, 4, 1, 3)
     for cell, t in zip(axes, (2, 20, 200), strict=True):
-        alpha, beta, alpha_bar_prev = ddpm.alpha[t], ddpm.beta[t], ddpm.alpha_bar[t - 1]
+        alpha = ddpm.alpha[t]
+        beta = ddpm.beta[t]
+        alpha_bar_prev = ddpm.alpha_bar[t - 1]
         x_t = ddpm.q_sample(x_0, t, torch.tensor([-1.5]))
-        mean, variance = ddpm.posterior_mean(x_t, x_0, t), ddpm.posterior_variance(t)
+        mean = ddpm.posterior_mean(x_t, x_0, t)
+        variance = ddpm.posterior_variance(t)
         width = 3.5 * max(1 - alpha_bar_prev, beta / alpha).sqrt()
         x = mean + torch.linspace(-width, width, 500)
         cell.plot(x, gaussian(x, alpha_bar_prev.sqrt() * x_0, 1 - alpha_bar_prev), color=SIGNAL,
@@ -211,6 +232,12 @@ def measure_loss(model, ddpm, x_0):
             "loss_by_t": [losses[i].mean().item() for i in bins]}
 
 
+def new_denoisers(network, ddpm, x):
+    """What is compared; the best linear and the memorising one are exact for training digits x."""
+    return {"noisy": lambda x_t, t: torch.zeros_like(x_t), "linear": GaussianEps.fit(ddpm, x),
+            "memorising": EmpiricalEps(ddpm, x), "network": network}
+
+
 def psnr_and_accuracy(x0_hat, x_0, labels, classifier):
     """Of estimates of x_0: PSNR in dB and the accuracy of the classifier, each (mean, sem)."""
     error = (x0_hat - x_0).square().flatten(1).mean(1).clamp(min=1e-10)
@@ -221,28 +248,62 @@ def psnr_and_accuracy(x0_hat, x_0, labels, classifier):
 
 def reverse_process(model, ddpm, x_t, t, rng):
     """The x_0 that (2) leads to from x_t, and [(s, x_s)] on the way there for the first samples."""
-    path, steps = [(t, x_t[:SHOWN])], ddpm.p_sample_loop(model, x_t, t, generator=rng)
+    steps = ddpm.p_sample_loop(model, x_t, t, generator=rng)
+    path = [(t, x_t[:SHOWN])]
     for s, x in train.progress(steps, f"{len(x_t)} digits from t = {t}: step", t):
-        path.append((s, x[:SHOWN].clone()))
-    return x, path
+        path.append((s, x[:SHOWN].clone()))  # not a view, which would hold all samples
+    if not x.isfinite().all():
+        raise train.InputError("the network's reverse process is not finite: train it again")
+    return x.clamp(-1, 1), path
 
 
 def denoise(denoisers, ddpm, x_0, rng):
-    """Digits x_0, noised to several t and denoised: {t: {method: x̂_0}}, and the path from T.
+    """Digits x_0, noised to several t and denoised: {t: {method: x̂_0}}, and {t: path from t}.
 
     Estimates are clamped to the range of pixels; the noisy digits are not.
     """
     estimates = {}
-    for t, by_reverse in {max(1, round(part * ddpm.T)): TIMES[part] for part in TIMES}.items():
-        x_t, estimates[t] = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=rng)), {}
+    paths = {}
+    for part in DENOISED_AT:
+        t = max(1, round(part * ddpm.T))
+        x_t = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=rng))
+        estimates[t] = {}
         for name, model in denoisers.items():
             eps = batched(model, x_t, torch.full((len(x_t),), t))
             x0_hat = ddpm.predict_x0(x_t, eps, t)
             estimates[t][name] = x0_hat if name == "noisy" else x0_hat.clamp(-1, 1)
-        if by_reverse:
-            x, path = reverse_process(denoisers["network"], ddpm, x_t, t, rng)
-            estimates[t]["reverse"] = x.clamp(-1, 1)
-    return estimates, path
+        if part in REVERSED_AT:
+            network = partial(batched, denoisers["network"])
+            estimates[t]["reverse"], paths[t] = reverse_process(network, ddpm, x_t, t, rng)
+    return estimates, paths
+
+
+def measure_denoising(estimates, x_0, labels, classifier):
+    """{t: {method: PSNR and accuracy}}."""
+    measured = {}
+    for t, row in estimates.items():
+        measured[t] = {name: psnr_and_accuracy(x0_hat, x_0, labels, classifier)
+                       for name, x0_hat in row.items()}
+    return measured
+
+
+def generate(network, linear, shape, rng):
+    """New digits (n, C, H, W) from x_T that are not noised digits: {start: digits}."""
+    ddpm = linear.ddpm
+    starts = {"from a matched Gaussian": linear.sample_x_T(shape[0], generator=rng),
+              "from N(0, I)": torch.randn(shape, generator=rng)}
+    samples = {}
+    for name, x_T in starts.items():
+        samples[name], _ = reverse_process(network, ddpm, x_T, ddpm.T, rng)
+    return samples
+
+
+def generate_with_another_process(trainer, shape, rng):
+    """The same with a network of another T: losses of different β do not compare, digits do."""
+    ddpm = trainer.ddpm
+    x_T = torch.randn(shape, generator=rng)
+    x, _ = reverse_process(partial(batched, trainer.model), ddpm, x_T, ddpm.T, rng)
+    return {f"T = {ddpm.T}, from N(0, I)": x}
 
 
 def frechet_distance(a, b):
@@ -253,58 +314,19 @@ def frechet_distance(a, b):
     return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * root).item()
 
 
-def matched_gaussian(linear, n, rng=None):
-    """n draws, (n, D), from the Gaussian with the mean and covariance of x_T, by (5)."""
-    signal = linear.ddpm.alpha_bar[-1]
-    variances = signal * linear.eigenvalues + 1 - signal
-    z = torch.randn(n, len(variances), generator=rng, dtype=torch.float64)
-    return signal.sqrt() * linear.mean + z * variances.sqrt() @ linear.eigenvectors.T
-
-
-def measure(model, ddpm, data, n):
-    """Numbers for metrics.json and digits for the pictures, of n test digits; data: load_mnist().
-
-    The memorising denoiser is the exact posterior mean over the training digits.
-    """
-    images, labels, test_images, test_labels = data
-    train_x, test_x = train.to_pixels(images), train.to_pixels(test_images)
-    rng = train.make_rng("figures")
-    classifier, linear = train_classifier(train_x, labels), GaussianEps.fit(ddpm, train_x)
-    denoisers = {"noisy": lambda x_t, t: torch.zeros_like(x_t), "linear": linear,
-                 "memorising": EmpiricalEps(ddpm, train_x), "network": model}
-    part = test_x[::max(1, len(test_x) // 1000)]  # the memorising denoiser is slow
-    losses = {name: measure_loss(denoiser, ddpm, part if name == "memorising" else test_x)
-              for name, denoiser in denoisers.items()}
-
-    index, rest = torch.randperm(len(test_x), generator=rng).tensor_split([n])
-    x_0, labels = test_x[index], test_labels[index]
-    estimates, path = denoise(denoisers, ddpm, x_0, rng)
-    starts = {"matched Gaussian": matched_gaussian(linear, n, rng).float().reshape(x_0.shape),
-              "N(0, I)": torch.randn(x_0.shape, generator=rng)}
-    samples = {"real digits": x_0, "noised digits": estimates[ddpm.T]["reverse"]}
-    for name, x_T in starts.items():
-        samples[name] = reverse_process(model, ddpm, x_T, ddpm.T, rng)[0].clamp(-1, 1)
-    features = batched(classifier[:-1], test_x[rest])
-
-    metrics = {"losses": losses, "digits": n,
-               "clean": psnr_and_accuracy(x_0, x_0, labels, classifier)["accuracy"],
-               "denoising": {t: {name: psnr_and_accuracy(x0_hat, x_0, labels, classifier)
-                                 for name, x0_hat in row.items()} for t, row in estimates.items()},
-               "frechet": {name: frechet_distance(classifier[:-1](x), features)
-                           for name, x in samples.items()}}
-    shown = labels[:SHOWN].tolist()
-    first = [shown.index(label) for label in sorted(set(shown))]  # of each class
-    denoised = {t: {name: x[first[:4]] for name, x in row.items()}
-                for t, row in estimates.items() if "reverse" in row}
-    return metrics, {"x_0": x_0[:SHOWN], "first": first, "denoised": denoised, "samples": samples,
-                     "path": list(estimates_along(path, model, ddpm))}
-
-
 def estimates_along(path, model, ddpm):
-    """(t, x_t, the estimate x̂_0 from it) for at most 41 times of a path to x_0."""
+    """[(t, x_t, the estimate x̂_0 from it)] for at most 41 times of a path to x_0."""
+    estimates = []
     for i in torch.linspace(0, len(path) - 1, min(41, len(path))).round().long().tolist():
         t, x = path[i]
-        yield t, x, ddpm.predict_x0(x, model(x, torch.full((len(x),), t)), t) if t else x
+        eps = model(x, torch.full((len(x),), t))
+        estimates.append((t, x, ddpm.predict_x0(x, eps, t) if t else x))
+    return estimates
+
+
+def first_of_each_class(labels):
+    """Where each class stands first in a list of labels."""
+    return [labels.index(label) for label in sorted(set(labels))]
 
 
 # Sheet 6: pictures of what was measured
@@ -322,8 +344,7 @@ def draw_losses(metrics, losses):
     plain_ticks(left.xaxis, (1, 2, 5))
     left.legend()
     for name, row in metrics["losses"].items():
-        label = STYLES[name]["label"].split(",")[0]
-        style = STYLES[name] | {"label": f"{label}: {row['loss'][0]:.3g}"}
+        style = STYLES[name] | {"label": f"{STYLES[name]['label']}: {row['loss'][0]:.3g}"}
         right.semilogy(row["t"], row["loss_by_t"], **style, markersize=4)
     right.set(title="test digits, by time", xlabel="t", ylim=(0.01, 3),
               ylabel="loss (8), cut at 3")
@@ -350,30 +371,33 @@ def draw_grid(rows, labels, titles):
     return figure
 
 
-def draw_denoising(x_0, denoised):
+def draw_denoising(x_0, estimates):
     """Digits, noisy at several t, and what each method makes of them."""
-    rows = [torch.cat(len(denoised) * [x_0])]
-    rows += [torch.cat([row[name] for row in denoised.values()]) for name in STYLES]
-    labels = ["clean digit"] + [style["label"] for style in STYLES.values()]
-    figure = draw_grid(rows, labels, [f"t = {t}" for t in denoised])
-    for x in torch.linspace(0, 1, len(denoised) + 1)[1:-1]:
-        figure.axes[0].axline((x, 0), (x, 1), transform=figure.axes[0].transAxes, color=NOISE)
+    rows = [torch.cat(len(estimates) * [x_0])]
+    for name in ROWS:
+        rows.append(torch.cat([row[name] for row in estimates.values()]))
+    figure = draw_grid(rows, ["clean digit", *ROWS.values()], [f"t = {t}" for t in estimates])
+    axes = figure.axes[0]
+    for x in torch.linspace(0, 1, len(estimates) + 1)[1:-1]:  # lines between the times
+        axes.axline((x, 0), (x, 1), transform=axes.transAxes, color=NOISE)
     return figure
 
 
 def draw_reverse(path, x_0, index):
     """Digits on their way back, under each x_t the estimate of x_0 from it, and the originals."""
     parts = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1)
-    times, *pair = zip(*(path[round((len(path) - 1) * part)] for part in parts), strict=True)
-    rows = [torch.stack([x[i] for x in (*row, x_0)]) for i in index for row in pair]
-    titles = [f"t = {t}" for t in times[:-1]] + ["result", "original"]
+    columns = [path[round((len(path) - 1) * part)] for part in parts]
+    rows = []
+    for i in index:
+        rows.append(torch.stack([x[i] for _, x, _ in columns] + [x_0[i]]))
+        rows.append(torch.stack([x0_hat[i] for _, _, x0_hat in columns] + [x_0[i]]))
+    titles = [f"t = {t}" for t, _, _ in columns[:-1]] + ["result", "original"]
     return draw_grid(rows, len(index) * ["$x_t$", r"estimate $\hat{x}_0$"], titles)
 
 
 def draw_generation(samples):
-    """Digits drawn from three kinds of x_T, and real ones."""
-    labels = [name if name == "real digits" else f"from {name}" for name in samples]
-    return draw_grid([x[:12] for x in samples.values()], labels, [])
+    """New digits from several kinds of x_T, and real ones."""
+    return draw_grid([x[:12] for x in samples.values()], list(samples), [])
 
 
 def save_gif(path, x_0, file):
@@ -397,50 +421,92 @@ def save(figures, folder):
         print(path)
 
 
+def evaluate_networks(trainers, data, n, folder):
+    """Sheet (6): the first network on n test digits, and the others beside it."""
+    first = trainers[0]
+    ddpm = first.ddpm
+    images, labels, test_images, test_labels = data
+    train_x = train.to_pixels(images)
+    test_x = train.to_pixels(test_images)
+    classifier = train_classifier(train_x, labels)
+    denoisers = new_denoisers(first.model.eval().requires_grad_(False), ddpm, train_x)
+    rng = train.make_rng("figures")
+    index, rest = torch.randperm(len(test_x), generator=rng).tensor_split([n])
+    x_0 = test_x[index]
+    labels = test_labels[index]
+
+    # what is a good loss?
+    losses = {name: measure_loss(model, ddpm, test_x) for name, model in denoisers.items()}
+
+    # how good is the estimate?
+    estimates, paths = denoise(denoisers, ddpm, x_0, rng)
+    denoising = measure_denoising(estimates, x_0, labels, classifier)
+
+    # how low can the loss go, and how good are new digits? the other networks
+    samples = {"real digits": x_0, "from noised digits": estimates[ddpm.T]["reverse"]}
+    samples |= generate(partial(batched, first.model), denoisers["linear"], x_0.shape, rng)
+    runs = [{"config": asdict(first.config)} | losses["network"]]
+    for other in trainers[1:]:
+        if other.ddpm.beta.equal(ddpm.beta):
+            runs.append({"config": asdict(other.config)} | measure_loss(other.model, ddpm, test_x))
+        else:
+            samples |= generate_with_another_process(other, x_0.shape, rng)
+    features = batched(classifier[:-1], test_x[rest])
+    frechet = {name: frechet_distance(classifier[:-1](x), features) for name, x in samples.items()}
+
+    # the files
+    metrics = {"losses": losses, "digits": n, "denoising": denoising, "frechet": frechet,
+               "clean": psnr_and_accuracy(x_0, x_0, labels, classifier)["accuracy"], "runs": runs}
+    text = json.dumps(metrics, indent=1).encode()
+    train.write_file(folder / "metrics.json", lambda file: file.write(text))
+    shown = first_of_each_class(labels[:SHOWN].tolist())
+    four = {t: {name: x[shown[:4]] for name, x in estimates[t].items()} for t in paths}
+    half = list(paths)[len(paths) // 2]  # from there most digits come back: it is for the film
+    film = estimates_along(paths[half], first.model, ddpm)
+    whole = estimates_along(paths[ddpm.T], first.model, ddpm)
+    save({"losses": draw_losses(metrics, first.losses),
+          "denoising": draw_denoising(x_0[shown[:4]], four),
+          "generation": draw_generation(samples),
+          "reverse": draw_reverse(whole, x_0, shown[:6])}, folder)
+    save_gif(film, x_0[:SHOWN], folder / "reverse.gif")
+
+
 def parse_flags():
     parser = argparse.ArgumentParser(description="Draw the equations, and measure a network.")
     parser.add_argument("--data", type=Path, default=train.MNIST, help="the data of the training")
-    parser.add_argument("--out", type=Path, default=Path("out/figures"),
+    parser.add_argument("--out", type=Path, default="out/figures",
                         help="output folder (default: out/figures)")
-    parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
+    parser.add_argument("--image", type=Path, default=CONDOR,
+                        help="picture for the forward process (default: condor.png)")
+    parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE", default=[],
                         help="network to evaluate, then others to compare (default: out/model.pt)")
     parser.add_argument("--digits", type=int, default=50, metavar="N",
                         help="test digits in the reverse process (default: 50)")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if not flags.checkpoint and Path("out/model.pt").exists():
+        flags.checkpoint = [Path("out/model.pt")]
+    return flags
 
 
 def main():
-    """Numbers and pictures of the first network; of the others, the test loss alone."""
+    """Draw what needs no network; then measure the first network, and compare the others."""
     flags = parse_flags()
-    images, _, test_images, _ = data = train.load_mnist(flags.data)
-    if not flags.checkpoint and Path("out/model.pt").exists():
-        flags.checkpoint = [Path("out/model.pt")]
+    data = train.load_mnist(flags.data)
+    images, _, test_images, _ = data
     checksum = zlib.crc32(images.numpy())
-    trainers = [train.read_checkpoint(path, checksum) for path in flags.checkpoint or ()]
+    trainers = [train.read_checkpoint(path, checksum) for path in flags.checkpoint]
     if trainers and not SHOWN <= flags.digits <= len(test_images) / 2:
         raise train.InputError(f"--digits must be from {SHOWN} to half of the test pictures, of "
                                f"which there are {len(test_images)}")
     with matplotlib.style.context(RC, after_reset=True):  # whatever the user's matplotlibrc says
-        save({"forward": draw_forward(read_image(CONDOR)), "marginal": draw_marginal(images),
-              "bayes": draw_bayes(), "embedding": draw_embedding()}, flags.out)
-        if not trainers:
+        save({"forward": draw_forward(read_image(flags.image)),
+              "marginal": draw_marginal(images),
+              "bayes": draw_bayes(),
+              "embedding": draw_embedding()}, flags.out)
+        if trainers:
+            evaluate_networks(trainers, data, flags.digits, flags.out)
+        else:
             print("the other figures show a trained network: run python train.py first")
-            return
-        first, *others = trainers
-        model = partial(batched, first.model.requires_grad_(False))
-        metrics, shown = measure(model, first.ddpm, data, flags.digits)
-        losses, x = [metrics["losses"]["network"]], train.to_pixels(test_images)
-        losses += [measure_loss(other.model, other.ddpm, x) for other in others]
-        metrics["runs"] = [{"config": asdict(trainer.config)} | loss
-                           for trainer, loss in zip(trainers, losses, strict=True)]
-        text = json.dumps(metrics, indent=1).encode()
-        train.write_file(flags.out / "metrics.json", lambda file: file.write(text))
-        path, x_0, index = shown["path"], shown["x_0"], shown["first"]
-        save({"losses": draw_losses(metrics, first.losses),
-              "denoising": draw_denoising(x_0[index[:4]], shown["denoised"]),
-              "generation": draw_generation(shown["samples"]),
-              "reverse": draw_reverse(path, x_0, index[:6])}, flags.out)
-        save_gif(path, x_0, flags.out / "reverse.gif")
 
 
 if __name__ == "__main__":
