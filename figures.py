@@ -45,10 +45,21 @@ ROWS = {
     "network": r"network, estimate $\hat{x}_0$",
     "reverse": "network, reverse process",
 }
-RC = {"font.size": 12, "axes.titlesize": 13, "legend.fontsize": 12, "legend.frameon": False,
-      "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-      "lines.linewidth": 2, "savefig.dpi": 150, "savefig.bbox": "tight",
-      "figure.constrained_layout.h_pad": 0.12, "figure.constrained_layout.w_pad": 0.12}
+RC = {
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 12,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "savefig.dpi": 150,
+    "savefig.bbox": "tight",
+    "figure.constrained_layout.h_pad": 0.12,
+    "figure.constrained_layout.w_pad": 0.12,
+}
 
 
 def new_figure(width, height, rows=1, columns=1):
@@ -120,8 +131,8 @@ def draw_marginal(images):
         x_t = ddpm.q_sample(x_0, t, eps) if t else x_0
         axes[t].hist(x_t.flatten().numpy(), 160, range=(-4, 4), density=True, color=SIGNAL)
         axes[t].plot(grid, density, "--", color=NOISE, label=r"$\mathcal{N}(0, 1)$")
-        axes[t].set(title=f"the data at t = {t}", xlabel="$x_t$, all pixels", ylim=(0, 1.5),
-                    xticks=(-3, -1, 1, 3))
+        axes[t].set(title=f"the data at t = {t}", xlabel="$x_t$, all pixels",
+                    xticks=(-3, -1, 1, 3), ylim=(0, 1.5))
     axes[0].set_ylabel(f"density, cut at 1.5 ({(x_0 == -1).float().mean():.0%} are black)")
     axes[0].legend()
 
@@ -136,8 +147,8 @@ def draw_marginal(images):
     below.plot(mean, color=SIGNAL, label=r"mean of (5): $\sqrt{\bar{\alpha}_t}\,x_0$")
     below.fill_between(range(ddpm.T + 1), mean - 2 * deviation, mean + 2 * deviation, color=SIGNAL,
                        alpha=0.25, label=r"± 2 standard deviations $\sqrt{1-\bar{\alpha}_t}$")
-    below.set(title="40 paths of the recurrence (1) from one white pixel, $x_0 = 1$", xlabel="t",
-              ylabel="$x_t$", xlim=(0, ddpm.T))
+    below.set(title="40 paths of the recurrence (1) from one white pixel, $x_0 = 1$",
+              xlabel="t", xlim=(0, ddpm.T), ylabel="$x_t$")
     below.legend(loc="lower left")
     return figure
 
@@ -234,8 +245,10 @@ def measure_loss(model, ddpm, x_0):
 
 def new_denoisers(network, ddpm, x):
     """What is compared; the best linear and the memorising one are exact for training digits x."""
-    return {"noisy": lambda x_t, t: torch.zeros_like(x_t), "linear": GaussianEps.fit(ddpm, x),
-            "memorising": EmpiricalEps(ddpm, x), "network": network}
+    return {"noisy": lambda x_t, t: torch.zeros_like(x_t),
+            "linear": GaussianEps.fit(ddpm, x),
+            "memorising": EmpiricalEps(ddpm, x),
+            "network": network}
 
 
 def psnr_and_accuracy(x0_hat, x_0, labels, classifier):
@@ -308,8 +321,8 @@ def generate_with_another_process(trainer, shape, rng):
 
 def frechet_distance(a, b):
     """|m_a - m_b|² + tr(C_a + C_b - 2 √(C_a C_b)): of Gaussians with the moments of two sets."""
-    m_a, m_b = a.double().mean(0), b.double().mean(0)
-    c_a, c_b = a.double().T.cov(), b.double().T.cov()
+    m_a, m_b = (x.double().mean(0) for x in (a, b))
+    c_a, c_b = (x.double().T.cov() for x in (a, b))
     root = torch.linalg.eigvals(c_a @ c_b).real.clamp(min=0).sqrt().sum()
     return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * root).item()
 
@@ -406,7 +419,7 @@ def save_gif(path, x_0, file):
     writer = PillowWriter(fps=5)
     with writer.saving(figure, file, dpi=100):
         for t, x, x0_hat in path[::2] + 8 * path[-1:]:  # the last one stays
-            titles = f"$x_t$, t = {t}", r"estimate $\hat{x}_0$", "original"
+            titles = (f"$x_t$, t = {t}", r"estimate $\hat{x}_0$", "original")
             for cell, digits, title in zip(axes, (x, x0_hat, x_0), titles, strict=True):
                 cell.clear()
                 show(cell, tiled(digits.split(4)))
@@ -455,8 +468,12 @@ def evaluate_networks(trainers, data, n, folder):
     frechet = {name: frechet_distance(classifier[:-1](x), features) for name, x in samples.items()}
 
     # the files
-    metrics = {"losses": losses, "digits": n, "denoising": denoising, "frechet": frechet,
-               "clean": psnr_and_accuracy(x_0, x_0, labels, classifier)["accuracy"], "runs": runs}
+    metrics = {"losses": losses,
+               "digits": n,
+               "clean": psnr_and_accuracy(x_0, x_0, labels, classifier)["accuracy"],
+               "denoising": denoising,
+               "frechet": frechet,
+               "runs": runs}
     text = json.dumps(metrics, indent=1).encode()
     train.write_file(folder / "metrics.json", lambda file: file.write(text))
     shown = first_of_each_class(labels[:SHOWN].tolist())
