@@ -20,11 +20,14 @@ def per_sample(coefficient, x):
 def randn_like(x, generator=None):
     """N(0, 1) noise like x, drawn on the generator's device: one on the CPU serves all devices."""
     device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+    return noise.to(x.device)
 
 
 def describe(x):
-    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if torch.is_tensor(x) else type(x).__name__
+    if torch.is_tensor(x):
+        return f"{x.dtype} {tuple(x.shape)} on {x.device}"
+    return type(x).__name__
 
 
 class DDPM:

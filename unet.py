@@ -49,7 +49,8 @@ class ResidualBlock(nn.Module):
         self.norm = nn.GroupNorm(width // 4, width)
         self.scale_shift = nn.Linear(time_dim, 2 * width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.shortcut = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
+        self.shortcut = (
+            nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1))
         # Zeros at the start: no scale, no shift, no correction.
         for layer in self.scale_shift, self.conv2:
             nn.init.zeros_(layer.weight)
@@ -64,15 +65,15 @@ class ResidualBlock(nn.Module):
 class UNet(nn.Module):
     """ε_θ(x, t), the noise in the picture x at time t. Sheet (4), eq. (7).
 
-        x ─ 3x3 ─ 2 blocks ──────────── skip ──────────── 2 blocks ─ norm ─ SiLU ─ 3x3 ─ ε  16x28x28
-                         │                                │
-                 mean of 2x2, 1x1                  1x1, 2x2 copies
-                         │                                │
-                         2 blocks ───── skip ───── 2 blocks                                 32x14x14
-                                │                  │
-                        mean of 2x2, 1x1    1x1, 2x2 copies
-                                │                  │
-                                └──── 2 blocks ────┘                                        64x7x7
+        x ─ 3x3 ─ 2 blocks ────────── skip ────────── 2 blocks ─ norm ─ SiLU ─ 3x3 ─ ε  16x28x28
+                         │                            │
+                 mean of 2x2, 1x1              1x1, 2x2 copies
+                         │                            │
+                         2 blocks ─── skip ─── 2 blocks                                 32x14x14
+                                │              │
+                        mean of 2x2, 1x1   1x1, 2x2 copies
+                                │              │
+                                └── 2 blocks ──┘                                        64x7x7
 
     A block is a ResidualBlock. At the right: the width and the sides of a level, for a digit.
     in_channels: 1 for grey pictures, 3 for colour. channels: the width of each level, from the full
@@ -81,7 +82,8 @@ class UNet(nn.Module):
     Output: the shape of x; zero before training. ValueError for a width or shape that does not fit.
     """
 
-    def __init__(self, in_channels=1, channels=(16, 32, 64), time_dim=64, time_conditioning=True):
+    def __init__(self, in_channels=1, channels=(16, 32, 64), time_dim=64,
+                 time_conditioning=True):
         super().__init__()
         if not channels or any(width < 4 or width % 4 for width in channels):
             raise ValueError(f"channels must be multiples of 4, one or more, got {tuple(channels)}")
@@ -99,15 +101,18 @@ class UNet(nn.Module):
 
         # down: each level has two blocks, then a 1x1 convolution to the width of the next
         self.down_blocks = nn.ModuleList(blocks(width, width) for width in outer)
-        self.downsample = nn.ModuleList(nn.Conv2d(above, below, 1) for above, below in steps)
+        self.downsample = nn.ModuleList(
+            nn.Conv2d(above, below, 1) for above, below in steps)
 
         # middle: the lowest level
         self.middle = blocks(inner, inner)
 
         # up: the same backwards; the first block of a level takes the skip connection too
         steps.reverse()
-        self.upsample = nn.ModuleList(nn.Conv2d(below, above, 1) for above, below in steps)
-        self.up_blocks = nn.ModuleList(blocks(2 * width, width) for width in reversed(outer))
+        self.upsample = nn.ModuleList(
+            nn.Conv2d(below, above, 1) for above, below in steps)
+        self.up_blocks = nn.ModuleList(
+            blocks(2 * width, width) for width in reversed(outer))
 
         # out: from zero, so that an untrained network predicts no noise
         self.norm = nn.GroupNorm(channels[0] // 4, channels[0])
