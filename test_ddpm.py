@@ -119,7 +119,9 @@ from unet import TimeEmbedding, UNet
 
 MODULE = os.environ.get("DDPM_MODULE", "ddpm")
 DDPM = importlib.import_module(MODULE).DDPM
-OURS, F64, HERE = MODULE == "ddpm", torch.float64, Path(__file__).parent
+OURS = MODULE == "ddpm"
+F64 = torch.float64
+HERE = Path(__file__).parent
 TOL, LOW, HIGH, DTYPE = (1e-9, 1e-3, 0.999, F64) if OURS else (1e-4, 0.05, 0.95, torch.float32)
 BETA = [0.3, 0.5, 0.2]
 I2 = torch.eye(2, dtype=F64)
@@ -247,7 +249,8 @@ def wave(x, t):
 
 @given(chain(batch=3))
 def test_eq_methods_take_a_time_for_each_sample(c):
-    q, p = (c.x, c.times, c.y), (c.x, c.y, c.times)
+    q = (c.x, c.times, c.y)
+    p = (c.x, c.y, c.times)
     arguments = {"q_step": q, "q_sample": q, "predict_x0": p, "posterior_mean": p,
                  "posterior_variance": [c.times], "mean_from_eps": p}
     for name, each in arguments.items():
@@ -589,7 +592,8 @@ def test_p_sample_takes_a_time_for_each_sample():
 
     d = OurDDPM([0.5, *BETA])
     x = randn(3, 2)
-    close(step(torch.tensor([1, 2, 3])), torch.stack([step(1)[0], step(2)[1], step(3)[2]]))
+    alone = torch.stack([step(1)[0], step(2)[1], step(3)[2]])
+    close(step(torch.tensor([1, 2, 3])), alone)
 
 
 @pytest.mark.parametrize("of_v, expected", [(False, 258.9606), (True, 202.0296)])
@@ -645,8 +649,9 @@ def test_exact_eps_is_tweedies_for_gaussian_data_of_any_rank_and_for_a_few_point
     points = randn(n, *c.x[0].shape, seed=c.seed + 1)
     root = randn(points[0].numel(), rank, seed=c.seed + 2)
     C = root @ root.T
-    for centres, cov, exact in ((points[:1], C, GaussianEps(d, points[0], C)),
-                                (points, 0 * C, EmpiricalEps(d, points))):
+    for centres, cov, exact in (
+            (points[:1], C, GaussianEps(d, points[0], C)),
+            (points, 0 * C, EmpiricalEps(d, points))):
         result = exact(c.x, c.times)
         for x, t, eps in zip(c.x, c.times.tolist(), result):
             a, v = marginal(c.beta, t)
@@ -693,20 +698,31 @@ D200 = OurDDPM(linear_beta())
 D = OurDDPM([0.5, 0.1, 0.2, 0.3])
 X = randn(2, 5, dtype=F64)
 METHODS = {  # all that makes a tensor like x from x, another tensor y and a time
-    "q_step": lambda d, x, y, t: d.q_step(x, t, y),
-    "q_sample": lambda d, x, y, t: d.q_sample(x, t, y),
-    "posterior_mean": lambda d, x, y, t: d.posterior_mean(x, y, t),
-    "predict_x0": lambda d, x, y, t: d.predict_x0(x, y, t),
-    "mean_from_eps": lambda d, x, y, t: d.mean_from_eps(x, y, t),
-    "p_sample": lambda d, x, y, t: d.p_sample(lambda x, t: y, x, t, generator=seeded(0)),
-    "predict_eps": lambda d, x, y, t: d.predict_eps(lambda x, t: y, x, t),
-    "gaussian": lambda d, x, y, t: GaussianEps(d, torch.zeros(5), torch.eye(5))(x, t),
-    "points": lambda d, x, y, t: EmpiricalEps(d, torch.eye(5))(x, t),
+    "q_step":
+        lambda d, x, y, t: d.q_step(x, t, y),
+    "q_sample":
+        lambda d, x, y, t: d.q_sample(x, t, y),
+    "posterior_mean":
+        lambda d, x, y, t: d.posterior_mean(x, y, t),
+    "predict_x0":
+        lambda d, x, y, t: d.predict_x0(x, y, t),
+    "mean_from_eps":
+        lambda d, x, y, t: d.mean_from_eps(x, y, t),
+    "p_sample":
+        lambda d, x, y, t: d.p_sample(lambda x, t: y, x, t, generator=seeded(0)),
+    "predict_eps":
+        lambda d, x, y, t: d.predict_eps(lambda x, t: y, x, t),
+    "gaussian":
+        lambda d, x, y, t: GaussianEps(d, torch.zeros(5), torch.eye(5))(x, t),
+    "points":
+        lambda d, x, y, t: EmpiricalEps(d, torch.eye(5))(x, t),
 }
 
 
-@pytest.mark.parametrize("like", [torch.float16, torch.bfloat16, torch.float32, F64, "meta"],
-                         ids=str)
+@pytest.mark.parametrize(
+    "like",
+    [torch.float16, torch.bfloat16, torch.float32, F64, "meta"],
+    ids=str)
 def test_results_are_like_x_whatever_the_defaults_of_torch(like):
     """The meta device stands for a GPU: it computes nothing, but refuses to mix with the CPU."""
     x = X.to(like)
@@ -714,8 +730,12 @@ def test_results_are_like_x_whatever_the_defaults_of_torch(like):
     with torch.device("cpu" if like == "meta" else "meta"):
         d = OurDDPM(D.beta.tolist())
         results = [METHODS[name](d, x, x, t) for name in list(METHODS)[:6]]
-        results += [d.p_sample(wave, x, 2, variance="posterior"), next(d.p_sample_loop(wave, x))[1]]
-        results += [next(d.q_step_loop(x))[1], d.loss(wave, x, generator=seeded(0))]
+        results += [
+            d.p_sample(wave, x, 2, variance="posterior"),
+            d.loss(wave, x, generator=seeded(0)),
+            next(d.p_sample_loop(wave, x))[1],
+            next(d.q_step_loop(x))[1],
+        ]
     for result in results:
         assert (result.dtype, result.device) == (x.dtype, x.device)
         assert result.shape == (x.shape if result.dim() else ())
@@ -734,7 +754,8 @@ def test_rounding_in_a_covariance_is_mended_and_numpy_arrays_are_welcome():
     d = OurDDPM([0.5, 1e-6])
     x = randn(3, 2)
     exact = GaussianEps(d, np.zeros(2), np.diag([1.0, 0]))(x, 1)
-    close(GaussianEps(d, np.zeros(2), [[1, 1e-5], [0, -1e-6 / (1 - 1e-6)]])(x, 1), exact, 1e-2)
+    rounded_cov = [[1, 1e-5], [0, -1e-6 / (1 - 1e-6)]]
+    close(GaussianEps(d, np.zeros(2), rounded_cov)(x, 1), exact, 1e-2)
     close(EmpiricalEps(d, x.numpy())(x, 1), EmpiricalEps(d, x)(x, 1))
 
 
@@ -827,7 +848,9 @@ def small_unet(channels=(4, 8), **options):
     return model
 
 
-@given(*4 * [st.integers(1, 3)], st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=3))
+@given(
+    *4 * [st.integers(1, 3)],
+    st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=3))
 def test_unet_returns_the_shape_it_was_given_and_starts_at_zero(n, colours, rows, columns, widths):
     smallest = 2 ** (len(widths) - 1)
     x = torch.randn(n, colours, rows * smallest, columns * smallest)
@@ -860,13 +883,15 @@ def test_time_embedding_is_of_sinusoids_from_fast_to_slow():
     sines, cosines = TimeEmbedding(64).sinusoids(torch.arange(1001)).chunk(2, dim=1)
     torch.testing.assert_close(sines**2 + cosines**2, torch.ones_like(sines))
     angles = torch.atan2(sines[1], cosines[1]).log()  # at t = 1 the angles are the frequencies
-    torch.testing.assert_close(angles, torch.linspace(0, -math.log(1000), 32), rtol=1e-4, atol=1e-4)
+    close(angles, torch.linspace(0, -math.log(1000), 32), 1e-4)
 
 
 # 5 and 6. Training, also of one's own network, optimiser and process
 
 BARS = torch.eye(8).repeat(3, 1, 1)[:, None].mul(255).byte()
-TINY = train.Config(np.int64(40), 2, np.float64(1e-3), 8, np.array([4, 8]), np.bool_(True))
+TINY = train.Config(  # numpy's numbers are welcome
+    np.int64(40), 2, np.float64(1e-3), 8,
+    np.array([4, 8]), np.bool_(True))
 
 
 class OwnModel(torch.nn.Sequential):
@@ -943,7 +968,8 @@ def test_the_rate_of_every_group_rises_and_falls_and_a_finished_run_refuses_a_st
     own = torch.optim.SGD([{"params": model.conv.parameters(), "lr": 0.5},
                            {"params": model.norm.parameters()}], lr=0.1)
     trainer.optimizers = [own]
-    for step, factor in (1, 0.01), (50, 0.5 * 0.951), (100, 0.901), (1000, 0.001):
+    factors = {1: 0.01, 50: 0.5 * 0.951, 100: 0.901, 1000: 0.001}
+    for step, factor in factors.items():
         trainer.losses = (step - 1) * [1.0]
         before = model.conv.weight.detach().clone()
         trainer.train_step(BARS)
@@ -986,7 +1012,8 @@ class WrongByRootOfT(OurDDPM):
 
     def predict_eps(self, model, x_t, t):
         alpha_bar = per_sample(self.alpha_bar[t], x_t)
-        return (x_t + alpha_bar.sqrt()) / (1 - alpha_bar).sqrt() + per_sample(t.sqrt(), x_t)
+        eps = (x_t + alpha_bar.sqrt()) / (1 - alpha_bar).sqrt()
+        return eps + per_sample(t.sqrt(), x_t)
 
 
 def test_the_loss_of_each_picture_is_at_times_spread_evenly_in_any_order():
@@ -1028,7 +1055,10 @@ def test_a_checkpoint_knows_its_process_and_its_model(tmp_path):
     read_back = train.read_checkpoint(path, model=OwnModel(), ddpm=PredictsX0(beta))
     exactly(read_back.model.state_dict(), trainer.model.state_dict())
     assert read_back.config == TINY and not read_back.model.dropout.training
-    for options in ({}, {"ddpm": OurDDPM(beta)}, {"ddpm": PredictsX0(2 * beta / 3)}):
+    for options in (
+            {},
+            {"ddpm": OurDDPM(beta)},
+            {"ddpm": PredictsX0(2 * beta / 3)}):
         with pytest.raises(train.InputError, match="own.pt does not fit: .*ddpm=, a PredictsX0"):
             train.read_checkpoint(path, model=OwnModel(), **options)
     with pytest.raises(train.InputError, match="own.pt does not fit: unet.py or the optimiser"):
@@ -1150,7 +1180,10 @@ def test_ctrl_c_costs_the_steps_since_the_last_save_and_before_the_first_nothing
     assert os.listdir("out") == ["model.pt"]
 
 
-@pytest.mark.parametrize("step, flags", [(1, "--out new"), (5, "--out new"), (60, "--overwrite")])
+@pytest.mark.parametrize("step, flags", [
+    (1, "--out new"),
+    (5, "--out new"),
+    (60, "--overwrite")])
 def test_a_run_does_not_replace_one_that_another_has_saved_meanwhile(step, flags, folder):
     path = CHECKPOINT if flags == "--overwrite" else Path("new/model.pt")
 
@@ -1190,8 +1223,10 @@ def test_a_bug_of_a_student_keeps_its_traceback(broken, flags, folder, monkeypat
 
 
 @pytest.mark.parametrize("name, tensors", [
-    (DIGITS, lambda path: [train.read_idx(path, 3)]),
-    (CHECKPOINT, lambda path: list(train.read_checkpoint(path).model.parameters()))], ids=str)
+    (DIGITS,
+     lambda path: [train.read_idx(path, 3)]),
+    (CHECKPOINT,
+     lambda path: list(train.read_checkpoint(path).model.parameters()))], ids=str)
 @settings(max_examples=30)
 @hypothesis.given(part=st.floats(0, 0.999), mask=st.integers(0, 255))
 def test_a_damaged_file_is_refused_or_read_rightly(
@@ -1218,23 +1253,57 @@ def spoil(**state):
 
 
 REFUSED = [  # a command, what it says, and what happened before: one row for each kind
-    (f"{NEW} --steps 0", "steps must be int, 1 to", None),
-    (f"{NEW} --optimizer sgd", "muon or adam", None),
-    (f"{NEW} --nonsense", "--nonsense", None),
-    ("train.py --data missing --out new", "missing/train-images-idx3-ubyte.gz", None),
-    (NEW, "must be an IDX file", lambda: write_idx(DIGITS, np.zeros((9, 8, 8, 3)))),
-    (NEW, "one label", lambda: write_idx(DIGITS, np.zeros((5, 8, 8)))),
-    (f"{NEW} --channels 4 8 8 8 8", "too many levels for images of (8, 8)", None),
-    (f"{NEW}/x --steps 1", "can't be written", lambda: Path("new").write_bytes(b"")),
-    ("train.py --data data", "--resume or --overwrite it", None),
-    ("train.py --resume --out fresh", "fresh/model.pt can't be read (No such file", None),
-    (f"{RESUME} --out odd", "model.pt can't be read", lambda: os.makedirs("odd/model.pt")),
-    (f"{RESUME} --steps 9999", "--resume keeps the settings", None),
-    (RESUME, "other digits", lambda: write_data(seed=3)),
-    (RESUME, "not saved by this train.py", spoil(config={"typo": 1})),
-    (RESUME, "no checkpoint", spoil(model=Mock)),
-    (f"{DRAW} --digits 21", "--digits", None),
-    (f"{DRAW} --image data", "must be a PNG or JPEG picture", None),
+    (f"{NEW} --steps 0",
+     "steps must be int, 1 to",
+     None),
+    (f"{NEW} --optimizer sgd",
+     "muon or adam",
+     None),
+    (f"{NEW} --nonsense",
+     "--nonsense",
+     None),
+    ("train.py --data missing --out new",
+     "missing/train-images-idx3-ubyte.gz",
+     None),
+    (NEW,
+     "must be an IDX file",
+     lambda: write_idx(DIGITS, np.zeros((9, 8, 8, 3)))),
+    (NEW,
+     "one label",
+     lambda: write_idx(DIGITS, np.zeros((5, 8, 8)))),
+    (f"{NEW} --channels 4 8 8 8 8",
+     "too many levels for images of (8, 8)",
+     None),
+    (f"{NEW}/x --steps 1",
+     "can't be written",
+     lambda: Path("new").write_bytes(b"")),
+    ("train.py --data data",
+     "--resume or --overwrite it",
+     None),
+    ("train.py --resume --out fresh",
+     "fresh/model.pt can't be read (No such file",
+     None),
+    (f"{RESUME} --out odd",
+     "model.pt can't be read",
+     lambda: os.makedirs("odd/model.pt")),
+    (f"{RESUME} --steps 9999",
+     "--resume keeps the settings",
+     None),
+    (RESUME,
+     "other digits",
+     lambda: write_data(seed=3)),
+    (RESUME,
+     "not saved by this train.py",
+     spoil(config={"typo": 1})),
+    (RESUME,
+     "no checkpoint",
+     spoil(model=Mock)),
+    (f"{DRAW} --digits 21",
+     "--digits",
+     None),
+    (f"{DRAW} --image data",
+     "must be a PNG or JPEG picture",
+     None),
 ]
 
 
@@ -1350,7 +1419,8 @@ def rounded(value, error):
 
 def rows_of_the_measurements():
     metrics = json.loads(read("figures/metrics.json"))
-    yield ["test loss (8)", *(rounded(*row["loss"]) for row in metrics["losses"].values())]
+    losses = [rounded(*row["loss"]) for row in metrics["losses"].values()]
+    yield ["test loss (8)", *losses]
     for t, row in metrics["denoising"].items():
         cells = [row[name] for name in figures.ROWS if name in row]
         yield [t] + [f"{cell['psnr'][0]:.1f}, {cell['accuracy'][0]:.0%}" for cell in cells]
