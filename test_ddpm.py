@@ -1135,21 +1135,6 @@ def test_a_run_brings_the_loss_down_from_1(finished, folder):
     assert np.mean(trainer.losses[-20:]) < 0.5
 
 
-class WithDropout(UNet):
-    def forward(self, x, t):
-        return torch.nn.functional.dropout(super().forward(x, t), 0.5, self.training)
-
-
-def test_train_and_figures_measure_a_network_with_dropout_alike(folder, monkeypatch):
-    monkeypatch.setattr(train, "UNet", WithDropout)
-    printed = command(f"train.py {SMALL} --overwrite")
-    command(f"{DRAW} --out drawn --checkpoint {CHECKPOINT} {CHECKPOINT}")
-    runs = json.loads(Path("drawn/metrics.json").read_text(encoding="utf-8"))["runs"]
-    assert runs[0] == runs[1]
-    assert f"test loss (8): {runs[0]['loss'][0]:.4f} +-" in printed
-    assert command(RESUME).split("\n", 1)[1] in printed
-
-
 def test_one_step_and_one_picture_are_no_special_cases(folder):
     write_data(train=1, test=2, side=32)
     flags = "--steps 1 --timesteps 1 --batch-size 1 --no-time-conditioning --optimizer adam --lr 1"
@@ -1386,17 +1371,26 @@ def test_the_measures_are_those_of_simple_cases():
     assert figures.first_of_each_class([7, 2, 7, 0, 2]) == [3, 1, 0]
 
 
-def test_figures_draws_a_network_beside_others_and_leaves_the_runs_alone(folder):
-    """Without a network, the other figures."""
-    before = CHECKPOINT.read_bytes()
-    command(f"train.py {SMALL} --steps 10 --out 10")
+class WithDropout(UNet):
+    def forward(self, x, t):
+        return torch.nn.functional.dropout(super().forward(x, t), 0.5, self.training)
+
+
+def test_figures_measures_a_network_as_train_does_and_draws_it_beside_others(folder, monkeypatch):
+    """Also a network with dropout. Without a network, the other figures."""
+    monkeypatch.setattr(train, "UNet", WithDropout)
+    printed = command(f"train.py {SMALL} --overwrite")
     command(f"train.py {SMALL} --steps 1 --timesteps 5 --out 5")
-    command(f"{DRAW} --out drawn --checkpoint {CHECKPOINT} 10/model.pt 5/model.pt")
+    before = CHECKPOINT.read_bytes()
+    command(f"{DRAW} --out drawn --checkpoint {CHECKPOINT} {CHECKPOINT} 5/model.pt")
     first = {f"{name}.png" for name in ("forward", "marginal", "bayes", "embedding")}
     names = {f"{name}.png" for name in ("losses", "denoising", "generation", "reverse")}
     assert set(os.listdir("drawn")) == first | names | {"metrics.json", "reverse.gif"}
     metrics = json.loads(Path("drawn/metrics.json").read_text(encoding="utf-8"))
-    assert [run["config"]["steps"] for run in metrics["runs"]] == [60, 10]
+    run, same_run = metrics["runs"]
+    assert run == same_run
+    assert f"test loss (8): {run['loss'][0]:.4f} +-" in printed
+    assert command(RESUME).split("\n", 1)[1] in printed
     assert list(metrics["frechet"])[-1] == "T = 5, from N(0, I)"
     assert CHECKPOINT.read_bytes() == before
 
