@@ -1034,8 +1034,8 @@ def test_the_loss_of_each_picture_is_at_times_spread_evenly_in_any_order():
 def test_evaluate_is_in_eval_mode_and_leaves_the_modes_as_they_are():
     model = OwnModel()
     x_0 = train.to_pixels(BARS)
-    trainer = train.Trainer(TINY, model)
-    trainer.train_step(BARS)
+    model.eval()
+    train.Trainer(TINY, model).train_step(BARS)
     model.norm.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     exactly(train.evaluate(model, D200, x_0), train.evaluate(model, D200, x_0))
@@ -1143,13 +1143,19 @@ def test_one_step_and_one_picture_are_no_special_cases(folder):
 
 
 def run_with(happens, step, line, codes=(0,)):
-    """A command that saves every two steps, with happens() during the given step."""
+    """A command that saves every two steps, with happens() in a step; after 60, it evaluates."""
     def watched(trainer, images, train_step=train.Trainer.train_step):
         if len(trainer.losses) + 1 == step:
             happens()
         train_step(trainer, images)
 
-    with patch.object(train.Trainer, "train_step", watched), patch.object(train, "SAVE_EVERY", 2):
+    def evaluate(*arguments, evaluate=train.evaluate):
+        if step > 60:
+            happens()
+        return evaluate(*arguments)
+
+    with (patch.object(train.Trainer, "train_step", watched),
+          patch.multiple(train, SAVE_EVERY=2, evaluate=evaluate)):
         return command(line, codes)
 
 
@@ -1168,7 +1174,8 @@ def test_ctrl_c_costs_the_steps_since_the_last_save_and_before_the_first_nothing
 @pytest.mark.parametrize("step, flags", [
     (1, "--out new"),
     (5, "--out new"),
-    (60, "--overwrite")])
+    (60, "--overwrite"),
+    (61, "--overwrite")])
 def test_a_run_does_not_replace_one_that_another_has_saved_meanwhile(step, flags, folder):
     path = CHECKPOINT if flags == "--overwrite" else Path("new/model.pt")
 
