@@ -1366,8 +1366,12 @@ def test_every_denoiser_is_treated_alike_and_the_noisy_digits_have_their_snr():
 
 def test_the_measures_are_those_of_simple_cases():
     x_0 = randn(2, 1, 2, 2)
-    says_0 = Mock(return_value=torch.tensor([[1.0, 0], [1, 0]]))
-    row = figures.psnr_and_accuracy(x_0 + 0.02, x_0, torch.tensor([0, 1]), says_0)
+
+    def says_0_of_brighter_ones(x):
+        return torch.stack([x, x_0 + 0.01], 1)[..., 0, 0, 0]
+
+    labels = torch.tensor([0, 1])
+    row = figures.psnr_and_accuracy(x_0 + 0.02, x_0, labels, says_0_of_brighter_ones)
     assert row["psnr"] == pytest.approx((40, 0), abs=1e-6)
     assert row["accuracy"] == pytest.approx((0.5, 0.5))
     a = randn(99, 4)
