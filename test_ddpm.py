@@ -171,7 +171,7 @@ both_variances = st.integers(-1, 0).map(lambda i: variances()[i])  # or the one 
 
 def process(*beta):
     """The DDPM with the steps β_1..β_T. Its β_0 must reach no result."""
-    return DDPM(torch.tensor([0.5, *beta], dtype=F64))
+    return DDPM(torch.tensor([0.97, *beta], dtype=F64))
 
 
 class Chain:
