@@ -171,7 +171,7 @@ class DDPM:
         x_t = self.q_sample(x_0, t, eps)
         return (eps - self.predict_eps(model, x_t, t)).square().mean()
 
-    # All methods begin with this
+    # What all methods ask of their arguments
 
     def check(self, t, x=None, other=None):
         """t on the CPU, one for each sample of x; ValueError if t or the tensors do not fit."""

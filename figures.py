@@ -278,7 +278,7 @@ def denoise(denoisers, ddpm, x_0, rng):
     estimates = {}
     paths = {}
     for part in DENOISED_AT:
-        t = max(1, round(part * ddpm.T))
+        t = int(np.ceil(part * ddpm.T))
         x_t = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=rng))
         estimates[t] = {}
         for name, model in denoisers.items():

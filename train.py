@@ -197,7 +197,7 @@ class Trainer:
         if step > steps:
             raise InputError(f"all {steps} steps are done: train longer with Config(steps=...)")
         warmup = min(1, step / min(100, steps / 10))  # up in 100 steps, or a tenth of a short run
-        decay = 1 - (step - 1) / steps                # and down to 0 in all
+        decay = 1 - (step - 1) / steps  # and down along a straight line, to 1/steps
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 initial_lr = group.setdefault("initial_lr", group["lr"])
@@ -260,7 +260,7 @@ def time_of_change(path):
 
 
 def write_file(path, write, *args):
-    """Call write(*args, file) beside path, and rename: path is the old file or the new."""
+    """path becomes what write(*args, file) writes, whole or not at all; InputError if it can't."""
     content = io.BytesIO()
     write(*args, content)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
