@@ -104,7 +104,7 @@ def draw_forward(image):
     figure, axes = new_figure(12, 8.6, 2, 3)
     cells = dict(zip((0, 3, 10, 30, 100, 200), axes.flat, strict=True))
     show(cells[0], image)
-    cells[0].set_title("$x_0$", fontsize=20)
+    cells[0].set_title("$x_{0}$", fontsize=20)
     for t, x in ddpm.q_step_loop(image[None], generator=train.make_rng("figures")):
         if t in cells:
             signal = ddpm.alpha_bar[t].item()

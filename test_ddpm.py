@@ -105,7 +105,6 @@ from io import StringIO
 from pathlib import Path
 from unittest.mock import Mock, patch
 
-import hypothesis
 import numpy as np
 import pytest
 from matplotlib.image import imsave
@@ -765,6 +764,7 @@ def test_rounding_in_a_covariance_is_mended_and_numpy_arrays_are_welcome():
 def test_what_a_process_yields_is_a_copy(loop):
     """Whoever clamps it for a picture does not clamp the process."""
     expected = list(loop())
+    assert len(expected) == D.T
     for (_, x), (_, other) in zip(loop(), expected, strict=True):
         exactly(x, other)
         x.zero_()
@@ -783,8 +783,6 @@ WRONG = [  # what the error says, and a call that raises it: one row for each ki
      lambda: D.loss(wave, X[:0])),
     ("float tensor .*ndarray",
      lambda: D.q_sample(X.numpy(), 1, X)),
-    (r"both tensors must be .*\(2, 5\) on .*\(2, 4\) on",
-     lambda: D.posterior_mean(X, X[:, 1:], 1)),
     ("both tensors must be .*64.*32",
      lambda: D.posterior_mean(X, X.float(), 1)),
     ("int64 tensor .*float",
@@ -836,6 +834,9 @@ def test_every_method_checks_its_time_and_tensors(name):
     for x, t in (X, 0), (X.long(), 1):
         with pytest.raises(ValueError, match="in 1..3, got 0|float tensor"):
             METHODS[name](D, x, x, t)
+    if name in list(METHODS)[:5]:  # those that take another tensor
+        with pytest.raises(ValueError):
+            METHODS[name](D, X, X[:1], 1)
 
 
 # 4. Network
@@ -1129,7 +1130,7 @@ def saved(path=CHECKPOINT):
     return [state["losses"], state["model"], state["optimizers"]]
 
 
-def test_a_run_brings_the_loss_down_from_1(finished, folder):
+def test_a_run_brings_the_loss_down_from_1(folder):
     trainer = train.read_checkpoint("out/model.pt")
     assert abs(trainer.losses[0] - 1) < 0.2
     assert np.mean(trainer.losses[-20:]) < 0.5
@@ -1220,7 +1221,7 @@ def test_a_bug_of_a_student_keeps_its_traceback(broken, flags, folder, monkeypat
     (CHECKPOINT,
      lambda path: list(train.read_checkpoint(path).model.parameters()))], ids=str)
 @settings(max_examples=30)
-@hypothesis.given(part=st.floats(0, 0.999), mask=st.integers(0, 255))
+@given(part=st.floats(0, 0.999), mask=st.integers(0, 255))
 def test_a_damaged_file_is_refused_or_read_rightly(
         name, tensors, part, mask, finished, tmp_path_factory):
     """At a part of its length, a byte is changed by a mask, or the file is cut if that is 0."""
@@ -1320,7 +1321,7 @@ def test_the_forward_process_is_drawn_at_the_times_of_the_sheet():
     """Of a grey picture; what is drawn is clamped, so its moments are compared with samples."""
     figure = figures.draw_forward(torch.full((3, 200, 200), 0.5))
     assert [axes.get_title() for axes in figure.axes] == [
-        f"$x_{{{t}}}$" if t else "$x_0$" for t in (0, 3, 10, 30, 100, 200)]
+        f"$x_{{{t}}}$" for t in (0, 3, 10, 30, 100, 200)]
     for axes, t in zip(figure.axes, (0, 3, 10, 30, 100, 200)):
         a, v = marginal(linear_beta()[1:].tolist(), t)
         expected = (0.5 * a + v**0.5 * randn(120_000)).clamp(-1, 1)
