@@ -70,8 +70,8 @@ class DDPM:
 
         Yields (t, x_t) for t = 1, ..., T, each x_t a copy. Sheet (3).
         """
+        self.check(1, x)  # before randn_like, which would fail first, and less clearly
         for t in range(1, self.T + 1):
-            self.check(t, x)
             x = self.q_step(x, t, randn_like(x, generator))
             yield t, x.clone()
 

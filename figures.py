@@ -477,12 +477,13 @@ def evaluate_networks(trainers, data, n, folder):
     text = json.dumps(metrics, indent=1).encode()
     train.write_file(folder / "metrics.json", lambda file: file.write(text))
     shown = first_of_each_class(labels[:SHOWN].tolist())
-    four = {t: {name: x[shown[:4]] for name, x in estimates[t].items()} for t in paths}
+    few = shown[:4]
+    denoised = {t: {name: x[few] for name, x in estimates[t].items()} for t in paths}
     half = list(paths)[len(paths) // 2]  # from there most digits come back: it is for the film
     film = estimates_along(paths[half], first.model, ddpm)
     whole = estimates_along(paths[ddpm.T], first.model, ddpm)
     save({"losses": draw_losses(metrics, first.losses),
-          "denoising": draw_denoising(x_0[shown[:4]], four),
+          "denoising": draw_denoising(x_0[few], denoised),
           "generation": draw_generation(samples),
           "reverse": draw_reverse(whole, x_0, shown[:6])}, folder)
     save_gif(film, x_0[:SHOWN], folder / "reverse.gif")
